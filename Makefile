@@ -1,0 +1,32 @@
+# Everything here sets up what it needs: python3 with venv and make are enough.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+EXAMPLE_FLAGS ?=
+PYTEST_FLAGS ?=
+
+.PHONY: test example lint format clean
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+
+example: $(VENV)/.installed
+	$(BIN)/python examples/digits.py $(EXAMPLE_FLAGS)
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/.installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable ".[test,examples,lint]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

@@ -1,0 +1,59 @@
+# Copyright 2026 The tf_averaging Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What all tests share: two logical CPU devices, one MirroredStrategy, names for the doctests."""
+
+import os
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
+
+import pytest
+import tensorflow as tf
+import tf_keras
+
+import tf_averaging as tfav
+
+tf.config.set_logical_device_configuration(
+    tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * 2
+)
+
+
+@pytest.fixture(scope="session")
+def mirrored_strategy():
+    """Two replicas on two logical CPUs.
+
+    One for the whole process: several MirroredStrategy objects would share collective keys.
+    """
+    return tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+
+
+@pytest.fixture(params=["default", "mirrored"])
+def strategy(request):
+    """The default strategy, then two replicas."""
+    if request.param == "default":
+        return tf.distribute.get_strategy()
+    return request.getfixturevalue("mirrored_strategy")
+
+
+@pytest.fixture(autouse=True)
+def _float32_policy_and_seed():
+    """Each test starts from the same seed and leaves no dtype policy behind."""
+    tf_keras.utils.set_random_seed(0)
+    yield
+    tf_keras.mixed_precision.set_global_policy("float32")
+
+
+@pytest.fixture(autouse=True)
+def _doctest_names(doctest_namespace):
+    doctest_namespace.update(tf=tf, tf_keras=tf_keras, tfav=tfav)

@@ -1,0 +1,23 @@
+# Copyright 2026 The tf_averaging Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Weight averaging for TensorFlow: SWA and EMA as optimizer wrappers."""
+
+from tf_averaging.averaged_optimizer_wrapper import AveragedOptimizerWrapper
+from tf_averaging.exponential_moving_average import ExponentialMovingAverage
+from tf_averaging.stochastic_weight_averaging import SWA
+from tf_averaging.version import VERSION
+
+__version__ = VERSION
+
+__all__ = ["SWA", "AveragedOptimizerWrapper", "ExponentialMovingAverage"]

@@ -1,0 +1,478 @@
+# Copyright 2026 The tf_averaging Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The averages as slot variables: creation, dtype, swap, and the form they take in a checkpoint."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from typing import Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Union
+
+import tensorflow as tf
+
+from tf_averaging import average_ops
+
+SWAPPED_ERROR = (
+    "The averages are in the model and the weights in the slots (`weights_swapped` is True), so a step "
+    "now would train the averages. Call `swap_weights()` first, or evaluate inside "
+    "`with optimizer.swapped_weights():`."
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Slots:
+    """What is kept for one variable of the model.
+
+    Attributes:
+      variable: the model's.
+      average: its average; while swapped, the weights.
+      stash: None, or, where the average's dtype differs from the variable's, the place for the weights
+        while swapped: they cannot pass through the average, nor it through them, without losing bits.
+    """
+
+    variable: tf.Variable
+    average: tf.Variable
+    stash: Optional[tf.Variable]
+
+
+class AverageVariables(tf.__internal__.tracking.Trackable):
+    """The averages of a set of variables, with the saved count of updates and the swapped flag.
+
+    All variables here live where the model's do: in the same strategy, with one component for each
+    replica, on the same devices. They are created when the first variable is added, and
+    `tf.train.Checkpoint` sees the averages as slots of this object: saved for each variable of the
+    model, not by index, so that a model that gained a layer still finds its own.
+
+    While nothing has been folded in (`num_averaged` is 0) the averages *are* the current weights; the
+    slots are brought up to date before anybody looks (`refresh`).
+
+    Args:
+      average_dtype: what `average_dtype_of` gets as `requested`.
+    """
+
+    SLOT_NAMES = ("average", "stash")
+
+    def __init__(self, average_dtype: Optional[tf.DType] = None):
+        self._average_dtype = average_dtype
+        self._fold = average_ops.Fold()
+        self._slots: Dict[str, Slots] = {}
+        self._positions: Dict[tuple, list] = {}
+        self._swap_function = None
+        self.num_averaged: Optional[tf.Variable] = None
+        self.swapped: Optional[tf.Variable] = None
+
+    # Creation and look-up.
+
+    def __len__(self) -> int:
+        return len(self._slots)
+
+    def __contains__(self, variable: tf.Variable) -> bool:
+        return variable_key(variable) in self._slots
+
+    def __iter__(self) -> Iterator[Slots]:
+        return iter(self._slots.values())
+
+    def __getitem__(self, variable: tf.Variable) -> Slots:
+        try:
+            return self._slots[variable_key(variable)]
+        except KeyError:
+            raise KeyError(f"Variable {getattr(variable, 'name', variable)!r} has no average.") from None
+
+    def state(self) -> List[tf.Variable]:
+        """All variables: count, flag, averages, stashes."""
+        if self.num_averaged is None:
+            return []
+        averages = [slots.average for slots in self]
+        stashes = [slots.stash for slots in self if slots.stash is not None]
+        return [self.num_averaged, self.swapped] + averages + stashes
+
+    def are_shared_by_replicas(self) -> bool:
+        """Whether the replicas of the context have one set of averages between them."""
+        return bool(self) and average_ops.is_shared_by_replicas(self.num_averaged)
+
+    def add(self, variables: Iterable[tf.Variable]) -> None:
+        """Gives an average, equal to its value now, to each variable that has none yet."""
+        new = [variable for variable in variables if variable not in self]
+        if not new:
+            return
+        with tf.init_scope():
+            if self.num_averaged is None:
+                self._create_state(new[0])
+            for variable in new:
+                self._slots.setdefault(variable_key(variable), self._create_slots(variable))
+            self._swap_function = None
+            for variable in new:
+                self._restore_queued(variable)
+
+    def _create_state(self, like: tf.Variable) -> None:
+        self.num_averaged = _create_like(like, lambda: tf.zeros([], tf.int64), "num_averaged")
+        self._track_trackable(self.num_averaged, "num_averaged")
+        # In training the flag has length 0, while swapped length 1: a length is checked in
+        # XLA-compiled steps too, where assertions are dropped. Parameter servers cannot store a value
+        # of varying length; XLA does not run there, and a plain bool will do.
+        if average_ops.is_remote(average_ops.components(like)[0]):
+            self.swapped = _create_like(like, lambda: tf.zeros([], tf.bool), "swapped")
+        else:
+            self.swapped = _create_like(
+                like, lambda: tf.zeros([0], tf.bool), "swapped", shape=tf.TensorShape([None])
+            )
+        self._track_trackable(self.swapped, "swapped")
+
+    def _create_slots(self, variable: tf.Variable) -> Slots:
+        weights = average_ops.all_components(variable)
+        dtype = weights[0].dtype
+        average_dtype = average_dtype_of(dtype, self._average_dtype)
+        average = _create_slot(variable, average_dtype, "average")
+        stash = None if average_dtype == dtype else _create_slot(variable, dtype, "stash")
+        # Each replica's average starts from the replica's own value, which an on-read variable does
+        # not share with the others. The buffers are shared until training writes to one.
+        for slot in (average, stash):
+            if slot is not None and tf.executing_eagerly():
+                average_ops.copy(list(zip(average_ops.all_components(slot), weights)))
+        return Slots(variable, average, stash)
+
+    # Arithmetic. Every method works on the components that the context may touch.
+
+    def start(self, due: Union[bool, tf.Tensor]) -> Optional[tf.Tensor]:
+        """Before a step: the first update that is due begins from the weights as they are now."""
+        return average_ops.when(
+            due if due is False else tf.logical_and(due, self.count() == 0), self._copy_weights
+        )
+
+    def fold(
+        self,
+        weight: Callable[[], tf.Tensor],
+        jit_compile: Union[bool, str],
+        average_op: Optional[Callable[[tf.Tensor, tf.Tensor], tf.Tensor]] = None,
+    ) -> List[Optional[tf.Operation]]:
+        """Folds the current weights into the averages and counts the update.
+
+        Args:
+          weight: returns the weight of the variables in the new averages, a scalar float64 tensor.
+          jit_compile: as in `average_ops.Fold`.
+          average_op: if given, returns the average's new value from the variable's and the average's,
+            and `weight` is not asked.
+
+        Returns:
+          The operations that must run.
+        """
+        pairs = [pair for slots in self for pair in _pairs(slots.average, slots.variable)]
+        counted = self.count()
+        if average_op is None:
+            operations = self._fold(pairs, weight(), jit_compile)
+        else:
+            operations = average_ops.update(pairs, average_op)
+        with tf.control_dependencies(operations):
+            return operations + _set(self.num_averaged, counted + 1)
+
+    def count(self) -> tf.Tensor:
+        """How many updates the averages hold: scalar int64 tensor."""
+        if self.num_averaged is None:
+            return tf.zeros([], tf.int64)
+        return average_ops.read(average_ops.components(self.num_averaged)[0])
+
+    def are_swapped(self) -> tf.Tensor:
+        """Whether averages and weights are exchanged now: scalar bool tensor."""
+        if self.swapped is None:
+            return tf.constant(False)
+        flag = average_ops.read(average_ops.components(self.swapped)[0])
+        return flag if self.swapped.shape.rank == 0 else tf.size(flag) > 0
+
+    def refresh(self) -> Optional[tf.Tensor]:
+        """While nothing has been folded in, sets the averages to the current weights."""
+        if not self:
+            return None
+        fresh = tf.logical_and(self.count() == 0, tf.logical_not(self.are_swapped()))
+        return average_ops.when(fresh, self._copy_weights)
+
+    def _copy_weights(self) -> List[Optional[tf.Operation]]:
+        return average_ops.copy(
+            [pair for slots in self for pair in _pairs(slots.average, slots.variable)]
+        )
+
+    def check_training(self) -> Optional[tf.Operation]:
+        """Fails when it runs while swapped; a step must depend on the operation that it returns.
+
+        Raises:
+          tf.errors.InvalidArgumentError: in eager mode, at once.
+        """
+        if tf.executing_eagerly():
+            if self.are_swapped():
+                raise tf.errors.InvalidArgumentError(None, None, SWAPPED_ERROR)
+            return None
+        if self.swapped.shape.rank == 0:
+            return tf.debugging.Assert(tf.logical_not(self.are_swapped()), [SWAPPED_ERROR])
+        (flag,) = average_ops.components(self.swapped)[:1]
+        # The name is what a user gets to read: the error message shows it. Assigning the value back
+        # keeps the check from being pruned.
+        empty = tf.ensure_shape(
+            average_ops.read(flag), [0], name="training_step_while_swapped__call_swap_weights_first"
+        )
+        return average_ops.assign(flag, empty)
+
+    def swap(self) -> Optional[tf.Operation]:
+        """Exchanges weights and averages.
+
+        Outside of functions this is one call into the runtime, so that an interrupt (Ctrl-C) finds
+        either all variables exchanged or none.
+        """
+        if not tf.executing_eagerly() or average_ops.in_replica_context():
+            return tf.group(*self._swap())
+        if self._swap_function is None:
+            self._swap_function = tf.function(lambda: average_ops.when(True, self._swap), autograph=False)
+        self._swap_function()
+        return None
+
+    def _swap(self) -> List[Optional[tf.Operation]]:
+        swapped = self.are_swapped()
+        with _after(self.refresh()):
+            exchanged = average_ops.exchange(
+                [
+                    pair
+                    for slots in self
+                    if slots.stash is None
+                    for pair in _pairs(slots.variable, slots.average)
+                ]
+            )
+        stashed = [slots for slots in self if slots.stash is not None]
+        if stashed:
+            exchanged.append(
+                tf.cond(
+                    swapped,
+                    lambda: average_ops.when(True, lambda: _leave_stash(stashed)),
+                    lambda: average_ops.when(True, lambda: _enter_stash(stashed)),
+                )
+            )
+        with tf.control_dependencies([op for op in exchanged if op is not None] + [swapped]):
+            flag = tf.logical_not(swapped)
+            if self.swapped.shape.rank != 0:
+                flag = tf.fill([tf.cast(flag, tf.int32)], True)
+            return exchanged + _set(self.swapped, flag)
+
+    def assign(self, variables: Sequence[tf.Variable]) -> Optional[tf.Operation]:
+        """Sets each variable that has an average to it; must not run while swapped."""
+        chosen = [self[variable] for variable in variables if variable in self]
+        with _after(self.check_training()), _after(self.refresh()):
+            return tf.group(
+                *average_ops.copy(
+                    [pair for slots in chosen for pair in _pairs(slots.variable, slots.average)]
+                )
+            )
+
+    # The form in a checkpoint. `tf.train.Checkpoint` takes an object that has these three methods for
+    # an optimizer with slots. This object, not the wrapper, has them, because a LossScaleOptimizer
+    # around the wrapper passes its children on, but not its slots.
+
+    def get_slot_names(self) -> List[str]:
+        return list(self.SLOT_NAMES)
+
+    def get_slot(self, variable: tf.Variable, name: str) -> Optional[tf.Variable]:
+        if isinstance(variable, tf.__internal__.distribute.ShardedVariable):
+            shards = [self.get_slot(shard, name) for shard in variable.variables]
+            return None if None in shards else tf.__internal__.distribute.ShardedVariable(shards)
+        return getattr(self[variable], name)
+
+    def _create_or_restore_slot_variable(
+        self, slot_variable_position, slot_name, variable, slot_variable_shape=None
+    ):
+        """Returns the slot to restore into, created if need be; None if it must wait."""
+        del slot_variable_shape  # Always the variable's.
+        if slot_name not in self.SLOT_NAMES:
+            return None
+        if variable not in self:
+            if not tf.executing_eagerly():
+                key = (variable_key(variable), slot_name)
+                self._positions.setdefault(key, []).append(slot_variable_position)
+                return None
+            self.add([variable])
+        return self.get_slot(variable, slot_name)
+
+    def _restore_queued(self, variable: tf.Variable) -> None:
+        for name in self.SLOT_NAMES:
+            positions = self._positions.pop((variable_key(variable), name), [])
+            slot = self.get_slot(variable, name)
+            # The newest restore first: the older ones are then seen to be stale, and skipped.
+            for position in sorted(positions, key=lambda p: p.restore_uid, reverse=True):
+                if slot is not None:
+                    position.restore(slot)
+
+    def _trackable_children(self, save_type="checkpoint", **kwargs):
+        if save_type == "checkpoint" and tf.executing_eagerly():
+            self.refresh()
+        return super()._trackable_children(save_type, **kwargs)
+
+
+def average_dtype_of(dtype: tf.DType, requested: Optional[tf.DType]) -> tf.DType:
+    """The dtype for the average of a variable of `dtype`.
+
+    Args:
+      dtype: the variable's, floating-point or complex.
+      requested: None for the default: float32 for float16 and bfloat16, whose 8 or 11 significant bits
+        lose most updates, and the variable's own otherwise. A floating-point dtype is used where it is
+        wider than the variable's; it never narrows, and says nothing about complex variables.
+
+    Returns:
+      The dtype.
+    """
+    if dtype.is_complex:
+        return dtype
+    if requested is None:
+        return tf.float32 if dtype.size < tf.float32.size else dtype
+    if requested.size == dtype.size and requested != dtype:
+        return tf.float32  # float16 and bfloat16: neither holds the other.
+    return requested if requested.size > dtype.size else dtype
+
+
+def averageable(variables: Iterable[object]) -> List[tf.Variable]:
+    """The floating-point and complex variables among `variables`; a sharded one gives its shards."""
+    chosen = []
+    for variable in variables:
+        if isinstance(variable, tf.__internal__.distribute.ShardedVariable):
+            chosen += averageable(variable.variables)
+        elif isinstance(variable, tf.Variable):
+            dtype = getattr(variable, "true_dtype", variable.dtype)
+            if dtype.is_floating or dtype.is_complex:
+                chosen.append(variable)
+    return chosen
+
+
+# Private names of TensorFlow are used below and nowhere else in the package: a variable does not say
+# publicly which distributed variable it belongs to, what identifies it, or under which strategy it was
+# created. `tests/private_names_test.py` fails if one of them goes away.
+
+
+def variable_key(variable: tf.Variable) -> str:
+    """What identifies a variable, however wrapped, and whichever of its components is at hand."""
+    container = getattr(variable, "_distributed_container", None)
+    if container is None:
+        container = getattr(getattr(variable, "handle", None), "_distributed_container", None)
+    owner = container() if container is not None else variable
+    return (variable if owner is None else owner)._unique_id
+
+
+def strategy_of(variable: tf.Variable) -> Optional[tf.distribute.Strategy]:
+    """The strategy in whose scope the variable was created, None for none."""
+    return getattr(variable, "_distribute_strategy", None)
+
+
+@contextlib.contextmanager
+def _creation_scope(like: tf.Variable):
+    """Where variables must be created to be distributed and placed like `like`."""
+    with contextlib.ExitStack() as scopes:
+        scopes.enter_context(tf.init_scope())
+        strategy = strategy_of(like)
+        if strategy is not None and not tf.distribute.has_strategy():
+            scopes.enter_context(strategy.scope())
+        current = tf.distribute.get_strategy()
+        if not current.extended.variable_created_in_scope(like):
+            raise ValueError(
+                f"The average of variable {like.name!r} must be created under the strategy that the "
+                f"variable was created under, {strategy}. The current one is {current}. Create the "
+                "model and use its optimizer in the scope of one strategy."
+            )
+        scopes.enter_context(current.extended.colocate_vars_with(like))
+        if not average_ops.is_distributed(like):
+            scopes.enter_context(tf.device(average_ops.components(like)[0].device))
+        yield
+
+
+def _create_like(like: tf.Variable, value: Callable[[], tf.Tensor], name: str, shape=None):
+    """Creates a variable of the optimizer that lives where `like` does, the same on all replicas."""
+    with _creation_scope(like):
+        return tf.Variable(
+            value,
+            name=name,
+            shape=shape,
+            trainable=False,
+            aggregation=tf.VariableAggregation.ONLY_FIRST_REPLICA,
+        )
+
+
+def _create_slot(variable: tf.Variable, dtype: tf.DType, name: str) -> tf.Variable:
+    """Creates a slot shaped, placed and distributed like `variable`."""
+
+    def value() -> tf.Tensor:
+        if not tf.executing_eagerly():
+            return tf.zeros(variable.shape, dtype)
+        return tf.cast(average_ops.read(average_ops.all_components(variable)[0]), dtype)
+
+    with _creation_scope(variable):
+        return tf.Variable(
+            value,
+            name=f"{variable.name.split(':')[0]}/{name}",
+            shape=variable.shape,
+            dtype=dtype,
+            trainable=False,
+            synchronization=variable.synchronization,
+            aggregation=variable.aggregation,
+        )
+
+
+def _pairs(first: tf.Variable, second: tf.Variable) -> List[average_ops.Pair]:
+    return list(zip(average_ops.components(first), average_ops.components(second)))
+
+
+def _set(variable: tf.Variable, value: tf.Tensor) -> List[Optional[tf.Operation]]:
+    """Sets the components that the context may touch."""
+    return [average_ops.assign(component, value) for component in average_ops.components(variable)]
+
+
+def _after(operation) -> contextlib.AbstractContextManager:
+    return tf.control_dependencies([] if operation is None else [operation])
+
+
+def _triples(stashed: Sequence[Slots]):
+    for slots in stashed:
+        yield from zip(
+            average_ops.components(slots.variable),
+            average_ops.components(slots.average),
+            average_ops.components(slots.stash),
+        )
+
+
+def _enter_stash(stashed: Sequence[Slots]) -> List[Optional[tf.Operation]]:
+    """Puts the averages, cast, into the variables, and the weights into the stash."""
+    operations = []
+    for variable, average, stash in _triples(stashed):
+        weights = average_ops.read(variable)
+        shown = tf.cast(average_ops.read(average), variable.dtype)
+        with tf.control_dependencies([weights]):
+            operations += [
+                average_ops.assign(variable, shown),
+                average_ops.assign(stash, weights),
+            ]
+    return operations
+
+
+def _leave_stash(stashed: Sequence[Slots]) -> List[Optional[tf.Operation]]:
+    """Brings the weights back, and into the averages whatever was changed in the variables meanwhile.
+
+    A value that was not touched keeps its average at the average's own precision.
+    """
+    operations = []
+    for variable, average, stash in _triples(stashed):
+        shown, weights, exact = map(average_ops.read, (variable, stash, average))
+        untouched = tf.equal(_bits(shown), _bits(tf.cast(exact, shown.dtype)))
+        kept = tf.where(untouched, exact, tf.cast(shown, exact.dtype))
+        with tf.control_dependencies([kept, weights, shown]):
+            operations += [
+                average_ops.assign(average, kept),
+                average_ops.assign(variable, weights),
+                average_ops.assign(stash, shown),
+            ]
+    return operations
+
+
+def _bits(value: tf.Tensor) -> tf.Tensor:
+    return tf.bitcast(value, {1: tf.uint8, 2: tf.uint16, 4: tf.uint32, 8: tf.uint64}[value.dtype.size])

@@ -1,0 +1,903 @@
+# Copyright 2026 The tf_averaging Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The base class of all averaging optimizers: a tf_keras optimizer around another one."""
+
+from __future__ import annotations
+
+import contextlib
+import operator
+from typing import Any, Dict, Iterable, List, Optional, Sequence, Union
+
+import numpy as np
+import tensorflow as tf
+import tf_keras
+from absl import logging
+
+from tf_averaging import average_ops
+from tf_averaging import average_variables
+from tf_averaging import inner_optimizer as inner_optimizers
+
+
+class AveragedOptimizerWrapper(tf_keras.optimizers.Optimizer):
+    """Base class for optimizers that keep an average of the weights which another optimizer trains.
+
+    The inner optimizer takes its steps as it would alone, bit for bit; after a step on which an update
+    is due, the weights are folded into their averages, which are slot variables beside the inner
+    optimizer's own. With `t` the number of steps taken before (`iterations`), an update is due when
+    `t >= start_averaging` and `t - start_averaging` is a multiple of `average_period`. Before the first
+    one the averages are the current weights.
+
+    A subclass says how much the weights count, by overriding `averaging_weight`. The mean of all
+    weights so far, complete with checkpoints, swapping and every distribution strategy:
+
+    >>> @tf_keras.saving.register_keras_serializable("my_package")
+    ... class RunningMean(tfav.AveragedOptimizerWrapper):
+    ...     def averaging_weight(self, step):
+    ...         return 1.0 / (tf.cast(self.num_averaged, tf.float64) + 1.0)
+    >>> weight = tf.Variable(4.0)
+    >>> optimizer = RunningMean(tf_keras.optimizers.SGD(1.0))
+    >>> for _ in range(3):
+    ...     _ = optimizer.apply_gradients([(tf.constant(1.0), weight)])
+    >>> with optimizer.swapped_weights():  # the weights were 3, 2 and 1
+    ...     print(weight.numpy())
+    2.0
+    >>> print(weight.numpy())
+    1.0
+
+    A scheme that is no interpolation overrides `average_op` instead.
+
+    Args:
+      optimizer: the inner optimizer: a `tf_keras.optimizers.Optimizer`, a
+        `tf_keras.optimizers.legacy.Optimizer`, the name of one, or its config dict.
+      name: name of this optimizer, and the name scope of its operations.
+      start_averaging: int >= 0, the first step (counted from 0) on which an update is due.
+      average_period: int >= 1, the number of steps from one update to the next.
+      trainable_weights_only: whether to average trainable weights only. If False, all floating-point
+        and complex variables of the model are averaged, the moving statistics of BatchNormalization
+        among them; `shadow_copy(model)` must then be called before training.
+      average_dtype: dtype of the averages of real variables, where it is wider than the variable's own.
+        None: float32 for float16 and bfloat16 variables, their own dtype for others.
+      jit_compile: whether the update is compiled by XLA: `"auto"` for large variables where XLA is
+        available, or a bool that forces it. The results agree up to rounding.
+      **settings: `learning_rate` (or `lr`), `clipnorm`, `clipvalue`, `global_clipnorm`, and for a legacy
+        inner optimizer `decay`, which configure the inner optimizer. They set what it leaves unset: an
+        optimizer given by name takes all of them, an instance a clipping value that is None.
+
+    Raises:
+      TypeError: if an argument has the wrong type, is unknown, if `optimizer` cannot be wrapped (a Keras
+        3 optimizer, a LossScaleOptimizer, which goes outside), or if the class overrides neither
+        `averaging_weight` nor `average_op`.
+      ValueError: if an argument is out of range, if a setting contradicts the inner optimizer's own, or
+        if the inner optimizer has `use_ema=True`.
+    """
+
+    def __init__(
+        self,
+        optimizer: Union[str, Dict[str, Any], inner_optimizers.Optimizer],
+        name: str = "AveragedOptimizerWrapper",
+        *,
+        start_averaging: int = 0,
+        average_period: int = 1,
+        trainable_weights_only: bool = True,
+        average_dtype: Union[None, str, tf.DType] = None,
+        jit_compile: Union[bool, str] = "auto",
+        **settings,
+    ):
+        self._check_overrides()
+        self._start_averaging = checked_count("start_averaging", start_averaging, minimum=0)
+        self._average_period = checked_count("average_period", average_period, minimum=1)
+        self._trainable_weights_only = _checked_trainable_weights_only(trainable_weights_only)
+        self._average_dtype = _checked_average_dtype(average_dtype)
+        _check_jit_compile(jit_compile)
+        inner = inner_optimizers.get(optimizer, **_checked_settings(settings))
+        self._inner_optimizer = self._no_dependency(inner)
+        self._averages = self._no_dependency(average_variables.AverageVariables(self._average_dtype))
+        super().__init__(
+            name=name,
+            weight_decay=self.weight_decay,
+            clipnorm=self.clipnorm,
+            clipvalue=self.clipvalue,
+            global_clipnorm=self.global_clipnorm,
+        )
+        self.jit_compile = jit_compile
+        self._track_trackable(inner, "inner_optimizer")
+        self._track_trackable(self._averages, "averages")
+        self._followed_model = self._no_dependency(None)
+        self._has_fixed_set = False
+
+    def _check_overrides(self) -> None:
+        cls, base = type(self), AveragedOptimizerWrapper
+        if cls.averaging_weight is base.averaging_weight and cls.average_op is base.average_op:
+            raise TypeError(
+                f"{cls.__name__} does not say how to average. Expected a class that overrides "
+                "`averaging_weight` (or `average_op`), such as `tf_averaging.SWA` or "
+                f"`tf_averaging.ExponentialMovingAverage`. Received: {cls}"
+            )
+
+    # What a subclass defines.
+
+    def averaging_weight(self, step: tf.Tensor) -> tf.Tensor:
+        """How much the weights count in the new average, on a step on which an update is due.
+
+        The new average is `average + averaging_weight * (weights - average)`. `start_averaging` and
+        `num_averaged` may be used; `step` is exact however many steps were taken.
+
+        Args:
+          step: scalar int64 tensor, the number of steps taken before this one.
+
+        Returns:
+          Scalar float64 tensor, 0 to 1. It is computed in float64 and cast once to each average's dtype.
+        """
+        raise NotImplementedError("The class overrides `average_op` instead.")
+
+    def average_op(self, var: tf.Tensor, average_var: tf.Tensor) -> tf.Tensor:
+        """The new value of one average; override it for schemes that are no interpolation.
+
+        Args:
+          var: the variable's value after the step, in the average's dtype.
+          average_var: the average's value, same shape and dtype.
+
+        Returns:
+          The average's new value, same shape and dtype. This class returns the interpolation with
+          `averaging_weight` for the step just taken.
+        """
+        weight = tf.convert_to_tensor(self.averaging_weight(self._last_step()), tf.float64)
+        return average_ops.interpolation(weight)(tf.convert_to_tensor(var), average_var)
+
+    # Training.
+
+    def apply_gradients(
+        self,
+        grads_and_vars: Iterable,
+        name: Optional[str] = None,
+        skip_gradients_aggregation: bool = False,
+        experimental_aggregate_gradients: bool = True,
+    ):
+        """Takes the inner optimizer's step, then updates the averages if that is due.
+
+        Args:
+          grads_and_vars: (gradient, variable) pairs; a gradient is a tensor, `tf.IndexedSlices` or None.
+          name: name scope of the operations; the optimizer's name if None.
+          skip_gradients_aggregation: True if the gradients are summed over the replicas already.
+          experimental_aggregate_gradients: the same the other way round, as legacy optimizers spell it.
+
+        Returns:
+          What the inner optimizer returns; in graphs of TF 1 an operation that does all.
+
+        Raises:
+          TypeError: if `grads_and_vars` does not consist of pairs with variables.
+          ValueError: if there is no gradient at all, or `trainable_weights_only` is False and
+            `shadow_copy` was not called.
+          RuntimeError: if called in a cross-replica context.
+          tf.errors.InvalidArgumentError: when the step runs while the weights are swapped. Nothing has
+            changed then.
+        """
+        grads_and_vars = _checked_pairs(grads_and_vars)
+        if tf.distribute.has_strategy() and tf.distribute.in_cross_replica_context():
+            raise RuntimeError(
+                "`apply_gradients` must be called on each replica, but this is a cross-replica context. "
+                "Call it in a function that `tf.distribute.Strategy.run` runs."
+            )
+        aggregate = experimental_aggregate_gradients and not skip_gradients_aggregation
+        if all(gradient is None for gradient, _ in grads_and_vars):
+            # No step: an error or nothing, as the inner optimizer has it.
+            return inner_optimizers.apply_gradients(
+                self._inner_optimizer, grads_and_vars, name, aggregate
+            )
+        self._check_graph()
+        with tf.name_scope(name or self.name), tf.init_scope():
+            self._create_averages([variable for _, variable in grads_and_vars])
+        if not self._averages:
+            return inner_optimizers.apply_gradients(
+                self._inner_optimizer, grads_and_vars, name, aggregate
+            )
+        step = self._step()
+        due = self._is_due(step)
+        with _after(self._averages.check_training()):
+            started = self._once(lambda: self._averages.start(due))
+        with _after(started):
+            result = inner_optimizers.apply_gradients(
+                self._inner_optimizer, grads_and_vars, name, aggregate
+            )
+        with tf.name_scope(name or self.name), _after(result):
+            folded = self._once(lambda: average_ops.when(due, lambda: self._fold(step)))
+        return result if _orders_itself() else tf.group(result, folded)
+
+    def _fold(self, step: tf.Tensor, weight: Optional[tf.Tensor] = None) -> list:
+        """Folds the weights into the averages; `weight` replaces the scheme's own."""
+        overridden = type(self).average_op is not AveragedOptimizerWrapper.average_op
+        return self._averages.fold(
+            lambda: tf.convert_to_tensor(
+                self.averaging_weight(step) if weight is None else weight, tf.float64
+            ),
+            self.jit_compile,
+            average_op=self.average_op if overridden and weight is None else None,
+        )
+
+    def _is_due(self, step: tf.Tensor) -> Union[bool, tf.Tensor]:
+        if self._start_averaging == 0 and self._average_period == 1:
+            return True
+        since_start = step - self._start_averaging
+        return tf.logical_and(since_start >= 0, tf.equal(since_start % self._average_period, 0))
+
+    def _step(self) -> tf.Tensor:
+        """The number of steps taken so far: scalar int64 tensor."""
+        with tf.init_scope():
+            iterations = self.iterations  # Legacy optimizers create it when it is first asked for.
+        return average_ops.read(average_ops.components(iterations)[0])
+
+    def _last_step(self) -> tf.Tensor:
+        return self._step() - 1
+
+    def _once(self, work):
+        """Calls `work` here, or once for all replicas where they share the averages."""
+        if self._averages.are_shared_by_replicas():
+            return tf.distribute.get_replica_context().merge_call(lambda _: work())
+        return work()
+
+    def _check_graph(self) -> None:
+        if not _orders_itself() and not inner_optimizers.is_legacy(self._inner_optimizer):
+            raise RuntimeError(
+                "In a TF 1 graph the updates of a current-generation optimizer never run. Expected a "
+                "`tf_keras.optimizers.legacy.Optimizer` inside, or eager mode or a `tf.function`. "
+                f"Received: {self._inner_optimizer}"
+            )
+
+    def minimize(self, loss, var_list, grad_loss=None, name=None, tape=None):
+        """Computes gradients of `loss` and applies them.
+
+        Args:
+          loss: a callable without arguments that returns the loss, or a tensor (then `tape` is needed).
+          var_list: variables to train, or a callable that returns them.
+          grad_loss: gradient of what is minimized by `loss`, same shape as it; None for ones.
+          name: see `apply_gradients`.
+          tape: the `tf.GradientTape` that recorded a `loss` tensor.
+
+        Returns:
+          What `apply_gradients` returns.
+
+        Raises:
+          ValueError: if `loss` is a tensor and there is no `tape`.
+        """
+        pairs = self.compute_gradients(loss, var_list, tape=tape, grad_loss=grad_loss)
+        return self.apply_gradients(pairs, name=name)
+
+    def compute_gradients(self, loss, var_list, tape=None, grad_loss=None) -> list:
+        """Computes the gradients as the inner optimizer does; see `minimize` for the arguments.
+
+        Returns:
+          (gradient, variable) pairs; a gradient may be None.
+        """
+        if grad_loss is not None:
+            loss, tape = _weighted_loss(loss, tape, grad_loss)
+        return inner_optimizers.compute_gradients(self._inner_optimizer, loss, var_list, tape)
+
+    def aggregate_gradients(self, grads_and_vars) -> list:
+        """Sums the gradients over the replicas, as the inner optimizer does."""
+        return inner_optimizers.aggregate_gradients(self._inner_optimizer, grads_and_vars)
+
+    def get_gradients(self, loss: tf.Tensor, params) -> List[tf.Tensor]:
+        """Gradients of a loss in the graph being built.
+
+        Args:
+          loss: tensor.
+          params: variables, in any nesting.
+
+        Returns:
+          One gradient for each variable.
+
+        Raises:
+          RuntimeError: in eager mode.
+          ValueError: if a variable has no gradient.
+        """
+        if tf.executing_eagerly():
+            raise RuntimeError(
+                "`get_gradients` and `get_updates` work in graphs only, and this is eager mode. Use "
+                "`tf.GradientTape` and `apply_gradients`, or `minimize`."
+            )
+        params = tf.nest.flatten(params)
+        gradients = tf.gradients(loss, params)
+        missing = [param.name for param, grad in zip(params, gradients) if grad is None]
+        if missing:
+            raise ValueError(f"Expected a loss that depends on all variables. No gradient: {missing}")
+        return gradients
+
+    def get_updates(self, loss: tf.Tensor, params) -> list:
+        """Operations, in the graph being built, that minimize `loss`; see `get_gradients`."""
+        params = tf.nest.flatten(params)
+        return [self.apply_gradients(zip(self.get_gradients(loss, params), params))]
+
+    # The averages.
+
+    def shadow_copy(self, model_or_variables) -> None:
+        """Creates the averages now. For trainable weights this is optional: the first step does it.
+
+        >>> model = tf_keras.Sequential([tf_keras.layers.Dense(1, input_shape=(2,))])
+        >>> optimizer = tfav.SWA("sgd")
+        >>> optimizer.shadow_copy(model)
+        >>> optimizer.has_shadow_copy
+        True
+
+        Args:
+          model_or_variables: a model (or layer, or `tf.Module`), which is followed: variables that it
+            gains later are averaged too; or a list of variables, which is then all that is averaged.
+            Variables that are neither floating-point nor complex are passed over.
+
+        Raises:
+          TypeError: if it is neither.
+          ValueError: if a list holds nothing that can be averaged.
+        """
+        if hasattr(model_or_variables, "trainable_variables"):
+            self._followed_model = self._no_dependency(model_or_variables)
+            self._create_averages([])
+            return
+        variables = _checked_variables(model_or_variables)
+        chosen = average_variables.averageable(variables)
+        if not chosen:
+            raise ValueError(
+                "Expected floating-point or complex variables to average. Received: "
+                f"{model_or_variables!r}"
+            )
+        self._has_fixed_set = True
+        self._averages.add(chosen)
+
+    def _create_averages(self, trained: Sequence[tf.Variable]) -> None:
+        """Creates the averages that are missing, of the variables trained and of the model followed."""
+        if self._has_fixed_set:
+            return
+        variables = list(trained)
+        model = self._followed_model
+        if model is not None and getattr(model, "built", True):
+            variables += model.trainable_variables if self._trainable_weights_only else model.variables
+        elif trained and not self._trainable_weights_only:
+            raise ValueError(
+                "With `trainable_weights_only=False` the averages of variables that no gradient reaches "
+                "must be known. Call `shadow_copy(model)` before training."
+            )
+        self._averages.add(average_variables.averageable(variables))
+
+    @property
+    def has_shadow_copy(self) -> bool:
+        """Whether the averages have been created."""
+        return len(self._averages) > 0
+
+    def update_average(self, weight: Optional[float] = None):
+        """Folds the current weights into the averages by hand, due or not; counts as an update.
+
+        Args:
+          weight: how much the weights count, 0 to 1; None for what the step just taken would use.
+
+        Returns:
+          In graphs, an operation; in eager mode None.
+
+        Raises:
+          ValueError: if there are no averages yet or `weight` is out of range.
+          tf.errors.InvalidArgumentError: if the weights are swapped.
+        """
+        self._check_has_averages("update_average")
+        if isinstance(weight, (int, float)) and not 0 <= weight <= 1:
+            raise ValueError(f"Expected `weight` from 0 to 1. Received: weight={weight}")
+
+        def update():
+            with _after(self._averages.check_training()):
+                started = self._averages.start(True)
+            with _after(started):
+                return average_ops.when(True, lambda: self._fold(self._last_step(), weight))
+
+        return _as_operation(self._once(update))
+
+    def swap_weights(self):
+        """Exchanges weights and averages in place; a second call brings them back, bit for bit.
+
+        It works under every strategy, inside its scope or outside, eagerly, in a `tf.function` and in a
+        replica context (where every replica must call it). Buffers change hands: it takes neither time
+        nor memory, unless the averages have another dtype than the weights.
+
+        Returns:
+          In graphs, an operation; in eager mode None.
+
+        Raises:
+          ValueError: if there are no averages yet.
+        """
+        self._check_has_averages("swap_weights")
+        return _as_operation(self._once(self._averages.swap))
+
+    @contextlib.contextmanager
+    def swapped_weights(self):
+        """A context in which the model holds the averages; they are always swapped back.
+
+        Whatever ends the block, an exception or Ctrl-C included, leaves the weights as they were before
+        it. A block inside another one changes nothing.
+
+        >>> weight = tf.Variable(1.0)
+        >>> optimizer = tfav.ExponentialMovingAverage("sgd")
+        >>> optimizer.shadow_copy([weight])
+        >>> with optimizer.swapped_weights():
+        ...     print(optimizer.weights_swapped)
+        True
+        >>> print(optimizer.weights_swapped)
+        False
+
+        Yields:
+          The optimizer.
+
+        Raises:
+          RuntimeError: in a graph, where no exception could be caught; call `swap_weights` twice.
+          ValueError: if there are no averages yet.
+        """
+        if not tf.executing_eagerly():
+            raise RuntimeError(
+                "`swapped_weights` cannot guard what a graph does. Use it around the call of the "
+                "`tf.function`, or call `swap_weights` twice in it."
+            )
+        self._check_has_averages("swapped_weights")
+        before = self.weights_swapped
+        try:
+            if not before:
+                self.swap_weights()
+            yield self
+        finally:
+            if self.weights_swapped != before:
+                self.swap_weights()
+
+    @property
+    def weights_swapped(self) -> Union[bool, tf.Tensor]:
+        """Whether weights and averages are exchanged now: a bool, in graphs a scalar bool tensor."""
+        swapped = self._averages.are_swapped()
+        return bool(swapped) if tf.executing_eagerly() else swapped
+
+    @property
+    def num_averaged(self) -> tf.Tensor:
+        """How many updates the averages hold: scalar int64 tensor."""
+        return self._averages.count()
+
+    def assign_average_vars(self, var_list: Sequence[tf.Variable]):
+        """Overwrites variables with their averages; those that have none are left alone.
+
+        >>> weight = tf.Variable(2.0)
+        >>> optimizer = tfav.SWA(tf_keras.optimizers.SGD(1.0), 0, 1)
+        >>> for _ in range(2):
+        ...     _ = optimizer.apply_gradients([(tf.constant(0.5), weight)])
+        >>> optimizer.assign_average_vars([weight])
+        >>> print(weight.numpy())  # it was 1.5, then 1.0
+        1.25
+
+        Args:
+          var_list: variables of the model.
+
+        Returns:
+          In graphs, an operation; in eager mode None.
+
+        Raises:
+          TypeError: if `var_list` is not a list of variables.
+          ValueError: if no variable in `var_list` has an average.
+          tf.errors.InvalidArgumentError: if the weights are swapped: the averages are in the model.
+        """
+        self._check_has_averages("assign_average_vars")
+        variables = average_variables.averageable(_checked_variables(var_list))
+        if not any(variable in self._averages for variable in variables):
+            raise ValueError(
+                "Expected a list with variables that have averages, `model.variables` say. Received a "
+                f"list in which none has one: {[getattr(v, 'name', v) for v in var_list]}"
+            )
+        return _as_operation(self._once(lambda: self._averages.assign(variables)))
+
+    def _check_has_averages(self, method: str) -> None:
+        if not self._averages:
+            raise ValueError(
+                f"`{method}` needs averages, and none exist yet. Expected a training step or "
+                "`shadow_copy(model)` before."
+            )
+
+    # Slots and state.
+
+    def get_slot_names(self) -> List[str]:
+        """The names of this optimizer's slots: `["average"]`."""
+        return ["average"]
+
+    def get_slot(self, var: tf.Variable, slot_name: str) -> tf.Variable:
+        """The slot variable of `var`: its average, or a slot of a legacy inner optimizer.
+
+        While the weights are swapped, the variable returned for `"average"` holds the weights.
+
+        Args:
+          var: a variable of the model.
+          slot_name: `"average"`, or a name that the inner optimizer knows.
+
+        Returns:
+          A variable shaped like `var`.
+
+        Raises:
+          KeyError: if there is no such slot.
+        """
+        if slot_name == "average":
+            self._refresh()
+            return self._averages.get_slot(var, slot_name)
+        if not inner_optimizers.is_legacy(self._inner_optimizer):
+            raise KeyError(
+                f"Expected 'average': a current-generation inner optimizer has no slots by name. "
+                f"Received: slot_name={slot_name!r}"
+            )
+        return self._inner_optimizer.get_slot(var, slot_name)
+
+    def add_slot(self, var: tf.Variable, slot_name: str, initializer=None, shape=None) -> tf.Variable:
+        """Creates a slot for `var` and returns it.
+
+        Args:
+          var: a variable of the model.
+          slot_name: `"average"`, or any other name for a slot of a legacy inner optimizer.
+          initializer: for other slots, a Keras initializer, its name or a tensor; None for zeros.
+            Averages start from the variable's own value.
+          shape: for other slots, their shape; None for the variable's.
+
+        Raises:
+          ValueError: if an average is given an initializer or a shape, or the inner optimizer has no
+            slots by name.
+        """
+        if slot_name == "average":
+            if initializer is not None or shape is not None:
+                raise ValueError(
+                    "An average starts from the variable's own value and has its shape. Expected "
+                    f"neither initializer nor shape. Received: {initializer!r}, {shape!r}"
+                )
+            self._averages.add([var])
+            return self.get_slot(var, slot_name)
+        self._check_inner_is_legacy("add_slot")
+        return self._inner_optimizer.add_slot(
+            var, slot_name, "zeros" if initializer is None else initializer, shape
+        )
+
+    def add_weight(self, name: str, shape, **options) -> tf.Variable:
+        """Creates a variable of a legacy inner optimizer.
+
+        Args:
+          name: its name.
+          shape: its shape.
+          **options: see `tf_keras.optimizers.legacy.Optimizer.add_weight`.
+
+        Raises:
+          ValueError: if the inner optimizer is not a legacy one; `add_variable` creates a variable of
+            this optimizer.
+        """
+        self._check_inner_is_legacy("add_weight")
+        return self._inner_optimizer.add_weight(name, shape, **options)
+
+    def _check_inner_is_legacy(self, method: str) -> None:
+        if not inner_optimizers.is_legacy(self._inner_optimizer):
+            raise ValueError(
+                f"`{method}` is for legacy inner optimizers. Expected a "
+                f"`tf_keras.optimizers.legacy.Optimizer` inside. Received: {self._inner_optimizer}"
+            )
+
+    def build(self, var_list: Sequence[tf.Variable]) -> None:
+        """Creates the state of the inner optimizer and the averages for these variables."""
+        inner_optimizers.build(self._inner_optimizer, var_list)
+        if self._trainable_weights_only or self._followed_model is not None:
+            self._create_averages(var_list)
+        self._built = True
+
+    @property
+    def variables(self) -> List[tf.Variable]:
+        """All state, as a list that can also be called: iterations, inner optimizer, averages."""
+        self._refresh()
+        return _CallableList(
+            inner_optimizers.state(self._inner_optimizer) + self._averages.state() + list(self._variables)
+        )
+
+    @property
+    def weights(self) -> List[tf.Variable]:
+        """Same as `variables`."""
+        return self.variables
+
+    def _refresh(self) -> None:
+        if tf.executing_eagerly() and not average_ops.in_replica_context():
+            self._averages.refresh()
+
+    def get_weights(self) -> List[np.ndarray]:
+        """The values of `variables`; the first is the number of iterations."""
+        return [variable.numpy() for variable in self.variables]
+
+    def set_weights(self, weights: Sequence[np.ndarray]) -> None:
+        """Sets `variables` to values from `get_weights`.
+
+        Args:
+          weights: arrays, as many and shaped as `variables`.
+
+        Raises:
+          ValueError: if their number or a shape does not fit; nothing is changed then.
+        """
+        variables = self.variables
+        if len(weights) != len(variables):
+            raise ValueError(
+                f"Expected {len(variables)} arrays, one for each variable of {self.name!r} (`build` or "
+                f"a training step creates them). Received: {len(weights)}"
+            )
+        arrays = [np.asarray(weight) for weight in weights]
+        for variable, array in zip(variables, arrays):
+            if not variable.shape.is_compatible_with(array.shape):
+                raise ValueError(
+                    f"Expected shape {variable.shape} for {variable.name!r}. Received: {array.shape}"
+                )
+        for variable, array in zip(variables, arrays):
+            variable.assign(tf.cast(array, variable.dtype))
+
+    def save_own_variables(self, store) -> None:
+        """Writes the state to a `.keras` file's store."""
+        for index, variable in enumerate(self.variables):
+            store[str(index)] = variable.numpy()
+
+    def load_own_variables(self, store) -> None:
+        """Reads the state from a `.keras` file's store; one that does not fit is left alone, with a warning."""
+        try:
+            self.set_weights([store[str(index)] for index in range(len(store.keys()))])
+        except (KeyError, ValueError) as error:
+            logging.warning("The state of optimizer '%s' was not loaded: %s", self.name, error)
+
+    # Configuration.
+
+    def get_config(self) -> Dict[str, Any]:
+        """The constructor's arguments, ready for JSON."""
+        return {
+            "optimizer": tf_keras.optimizers.serialize(self._inner_optimizer),
+            "name": self.name,
+            "start_averaging": self._start_averaging,
+            "average_period": self._average_period,
+            "trainable_weights_only": self._trainable_weights_only,
+            "average_dtype": self.average_dtype,
+            "jit_compile": self.jit_compile,
+            # Keras takes an optimizer whose config does not say so for a legacy one.
+            "is_legacy_optimizer": False,
+        }
+
+    @classmethod
+    def from_config(cls, config: Dict[str, Any], custom_objects: Optional[Dict[str, Any]] = None):
+        """Creates the optimizer that `get_config` described.
+
+        Args:
+          config: left as it is, deeply.
+          custom_objects: names and classes that the inner optimizer's config may mention.
+        """
+        config = dict(config)
+        config.pop("is_legacy_optimizer", None)
+        config["optimizer"] = inner_optimizers.from_config(config["optimizer"], custom_objects)
+        return cls(**config)
+
+    @property
+    def inner_optimizer(self) -> inner_optimizers.Optimizer:
+        """The optimizer that takes the steps."""
+        return self._inner_optimizer
+
+    @property
+    def start_averaging(self) -> int:
+        """The first step, counted from 0, on which an update is due."""
+        return self._start_averaging
+
+    @property
+    def average_period(self) -> int:
+        """The number of steps from one update to the next."""
+        return self._average_period
+
+    @property
+    def trainable_weights_only(self) -> bool:
+        """Whether trainable weights alone are averaged."""
+        return self._trainable_weights_only
+
+    @property
+    def average_dtype(self) -> Optional[str]:
+        """The name of the dtype asked for the averages, None for the default."""
+        return None if self._average_dtype is None else self._average_dtype.name
+
+    @property
+    def iterations(self) -> tf.Variable:
+        """The number of steps taken, the inner optimizer's own: scalar int64 variable."""
+        return self._inner_optimizer.iterations
+
+    @iterations.setter
+    def iterations(self, variable: tf.Variable) -> None:
+        self._inner_optimizer.iterations = variable
+
+    # Where the base class keeps these, and callbacks look for them.
+
+    @property
+    def _iterations(self) -> tf.Variable:
+        return self.iterations
+
+    @property
+    def _learning_rate(self):
+        return inner_optimizers.learning_rate_or_schedule(self._inner_optimizer)
+
+    def _create_iteration_variable(self) -> None:
+        pass  # The inner optimizer's is the one.
+
+    @property
+    def learning_rate(self):
+        """The inner optimizer's learning rate; setting it sets that."""
+        return self._inner_optimizer.learning_rate
+
+    @learning_rate.setter
+    def learning_rate(self, learning_rate) -> None:
+        self._inner_optimizer.learning_rate = learning_rate
+
+    @property
+    def lr(self):
+        """Same as `learning_rate`."""
+        return self.learning_rate
+
+    @lr.setter
+    def lr(self, learning_rate) -> None:
+        self.learning_rate = learning_rate
+
+    def exclude_from_weight_decay(self, var_list=None, var_names=None) -> None:
+        """Excludes variables from the inner optimizer's weight decay.
+
+        Args:
+          var_list: variables.
+          var_names: strings; a variable whose name contains one of them is excluded.
+
+        Raises:
+          ValueError: if the inner optimizer is a legacy one, which has no weight decay.
+        """
+        if inner_optimizers.is_legacy(self._inner_optimizer):
+            raise ValueError(
+                "Legacy optimizers have no weight decay. Expected a `tf_keras.optimizers.Optimizer` "
+                f"inside. Received: {self._inner_optimizer}"
+            )
+        self._inner_optimizer.exclude_from_weight_decay(var_list, var_names)
+
+    def finalize_variable_values(self, var_list) -> None:
+        """What `fit` calls at its end: the inner optimizer's; the averages stay where they are."""
+        if not inner_optimizers.is_legacy(self._inner_optimizer):
+            self._inner_optimizer.finalize_variable_values(var_list)
+
+    def __dir__(self):
+        # Keras's and TensorFlow's savers look through `dir`. The inner optimizer's state is saved with
+        # this one's `variables`, and the averages as the slots of `_averages`: once is enough.
+        return set(super().__dir__()) - {"get_slot_names", "inner_optimizer", "_inner_optimizer"}
+
+    def _trackable_children(self, save_type="checkpoint", **kwargs):
+        if save_type == "savedmodel":
+            return {"_iterations": self.iterations}
+        # Not the base class's: it would answer from a copy made when it was first asked.
+        return tf.__internal__.tracking.AutoTrackable._trackable_children(self, save_type, **kwargs)
+
+
+def _inner_setting(name: str, doc: str) -> property:
+    def get(self):
+        return getattr(self._inner_optimizer, name, None)
+
+    def set_(self, value):
+        if value != get(self):
+            setattr(self._inner_optimizer, name, value)
+
+    return property(get, set_, doc=doc)
+
+
+for _name in inner_optimizers.CLIPPING + ("weight_decay",):
+    setattr(
+        AveragedOptimizerWrapper,
+        _name,
+        _inner_setting(_name, f"The inner optimizer's `{_name}`; setting it sets that."),
+    )
+
+
+class _CallableList(list):
+    """A list that can be called: `variables` is a property in one generation, a method in the other."""
+
+    def __call__(self) -> list:
+        return self
+
+
+def _after(result):
+    """Orders what follows after `result`, where it is something that can be waited for."""
+    waits = isinstance(result, (tf.Tensor, tf.Operation)) and not tf.executing_eagerly()
+    return tf.control_dependencies([result] if waits else [])
+
+
+def _orders_itself() -> bool:
+    """Whether stateful operations run in program order: not so in graphs of TF 1."""
+    return tf.executing_eagerly() or tf.inside_function()
+
+
+def _as_operation(result):
+    return None if tf.executing_eagerly() or result is None else tf.group(result)
+
+
+def _weighted_loss(loss, tape, grad_loss):
+    """A loss whose gradients are those of `loss` times `grad_loss`."""
+    if callable(loss):
+        return lambda: tf.reduce_sum(loss() * tf.stop_gradient(grad_loss)), tape
+    if tape is None:
+        raise ValueError("Expected the `tape` that recorded the loss, since `loss` is a tensor.")
+    with tape:
+        return tf.reduce_sum(loss * tf.stop_gradient(grad_loss)), tape
+
+
+def _checked_pairs(grads_and_vars) -> list:
+    expected = "Expected (gradient, variable) pairs."
+    try:
+        pairs = [tuple(pair) for pair in grads_and_vars]
+    except TypeError as error:
+        raise TypeError(f"{expected} Received: {grads_and_vars!r}") from error
+    for pair in pairs:
+        if len(pair) != 2 or not isinstance(pair[1], tf.Variable):
+            raise TypeError(f"{expected} Received: {pair!r}")
+    return pairs
+
+
+def _checked_variables(variables) -> list:
+    expected = "Expected a model or a list of variables of TensorFlow (tf_keras; not Keras 3)."
+    try:
+        variables = list(variables)
+    except TypeError as error:
+        raise TypeError(f"{expected} Received: {variables!r}") from error
+    if any(type(v).__module__.startswith("keras.") for v in variables):
+        raise TypeError(f"{expected} Received: {variables!r}")
+    return variables
+
+
+def _checked_settings(settings: Dict[str, Any]) -> Dict[str, Any]:
+    settings = dict(settings)
+    unknown = set(settings) - set(inner_optimizers.SETTINGS) - {"lr"}
+    if unknown:
+        raise TypeError(
+            f"Unknown keyword arguments: {sorted(unknown)}. Beside this class's own, expected one of "
+            f"{inner_optimizers.SETTINGS + ('lr',)}, which configure the inner optimizer."
+        )
+    lr = settings.pop("lr", None)
+    if lr is not None and settings.setdefault("learning_rate", lr) != lr:
+        raise ValueError(
+            "`lr` and `learning_rate` are two names of one argument. Received: "
+            f"lr={lr!r}, learning_rate={settings['learning_rate']!r}"
+        )
+    return settings
+
+
+def checked_count(name: str, value: int, minimum: int) -> int:
+    """Returns `value` as an int, which must be at least `minimum`."""
+    try:
+        if isinstance(value, (bool, np.bool_)):
+            raise TypeError
+        count = operator.index(value)
+    except TypeError:
+        raise TypeError(
+            f"Expected `{name}` to be an int. Received: {name}={value!r} of type {type(value)}"
+        ) from None
+    if count < minimum:
+        raise ValueError(f"Expected `{name}` >= {minimum}. Received: {name}={count}")
+    return count
+
+
+def _checked_trainable_weights_only(value: bool) -> bool:
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(
+            "Expected `trainable_weights_only` to be a bool. It comes before the decay here; TensorFlow "
+            "Addons had `MovingAverage(optimizer, average_decay, ...)`, so write "
+            "`ExponentialMovingAverage(optimizer, average_decay=0.999)`. Received: "
+            f"trainable_weights_only={value!r}"
+        )
+    return bool(value)
+
+
+def _checked_average_dtype(value) -> Optional[tf.DType]:
+    if value is None:
+        return None
+    dtype = tf.as_dtype(value)
+    if not dtype.is_floating:
+        raise ValueError(f"Expected `average_dtype` to be a floating-point dtype. Received: {value!r}")
+    return dtype
+
+
+def _check_jit_compile(value) -> None:
+    if not isinstance(value, bool) and value != "auto":
+        raise ValueError(f'Expected `jit_compile` to be a bool or "auto". Received: {value!r}')

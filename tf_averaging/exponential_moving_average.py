@@ -1,0 +1,150 @@
+# Copyright 2026 The tf_averaging Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The exponential moving average of the weights."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Dict, Optional, Union
+
+import numpy as np
+import tensorflow as tf
+import tf_keras
+
+from tf_averaging import averaged_optimizer_wrapper
+from tf_averaging import inner_optimizer as inner_optimizers
+
+Schedule = tf_keras.optimizers.schedules.LearningRateSchedule
+
+
+@tf_keras.saving.register_keras_serializable(package="tf_averaging")
+class ExponentialMovingAverage(averaged_optimizer_wrapper.AveragedOptimizerWrapper):
+    """The exponential moving average of the weights (Polyak averaging).
+
+    After step `t` (counted from 0), with `s = t - start_step`:
+
+        average = decay * average + (1 - decay) * weights
+
+    where `decay` is `average_decay`, or with `dynamic_decay`, which lets early weights fade faster, the
+    smaller of `average_decay` and `(1 + s) / (10 + s)`. The average starts from the weights before step
+    `start_step`.
+
+    >>> weight = tf.Variable([1.0, 2.0])
+    >>> optimizer = tfav.ExponentialMovingAverage(
+    ...     tf_keras.optimizers.SGD(2.0), average_decay=0.5, dynamic_decay=False)
+    >>> for _ in range(2):
+    ...     _ = optimizer.apply_gradients([(tf.constant([0.1, 0.1]), weight)])
+    >>> print(weight.numpy(), optimizer.get_slot(weight, "average").numpy())
+    [0.6 1.6] [0.75 1.75]
+
+    Args:
+      optimizer: the inner optimizer; see `AveragedOptimizerWrapper`.
+      trainable_weights_only: see `AveragedOptimizerWrapper`.
+      average_decay: float from 0 to 1; or a `LearningRateSchedule` that gives the decay for `s`, which
+        then replaces `dynamic_decay`. Its values must lie between 0 and 1.
+      start_step: int >= 0, the first step that is averaged.
+      dynamic_decay: whether the decay warms up.
+      name: name of the optimizer.
+      **options: `average_period` (int >= 1, the number of steps from one update to the next; default 1)
+        and others; see `AveragedOptimizerWrapper`.
+
+    Raises:
+      TypeError: if `average_decay` is neither a number nor a schedule; see `AveragedOptimizerWrapper`.
+      ValueError: if `average_decay` is not from 0 to 1; see `AveragedOptimizerWrapper`.
+    """
+
+    def __init__(
+        self,
+        optimizer: Union[str, Dict[str, Any], inner_optimizers.Optimizer],
+        trainable_weights_only: bool = True,
+        average_decay: Union[float, Schedule] = 0.99,
+        start_step: int = 0,
+        dynamic_decay: bool = True,
+        name: str = "ExponentialMovingAverage",
+        **options,
+    ):
+        start_step = averaged_optimizer_wrapper.checked_count("start_step", start_step, minimum=0)
+        super().__init__(
+            optimizer,
+            name,
+            start_averaging=start_step,
+            trainable_weights_only=trainable_weights_only,
+            **options,
+        )
+        self._average_decay = self._no_dependency(_checked_decay(average_decay))
+        if not isinstance(dynamic_decay, (bool, np.bool_)):
+            raise TypeError(f"Expected `dynamic_decay` to be a bool. Received: {dynamic_decay!r}")
+        self._dynamic_decay = bool(dynamic_decay)
+
+    def averaging_weight(self, step: tf.Tensor) -> tf.Tensor:
+        """1 - decay."""
+        steps = tf.maximum(step - self.start_step, 0)
+        if isinstance(self._average_decay, Schedule):
+            return 1.0 - tf.cast(self._average_decay(steps), tf.float64)
+        decay = tf.constant(self._average_decay, tf.float64)
+        if self._dynamic_decay:
+            steps = tf.cast(steps, tf.float64)
+            decay = tf.minimum(decay, (1.0 + steps) / (10.0 + steps))
+        return 1.0 - decay
+
+    @property
+    def average_decay(self) -> Union[float, Schedule]:
+        """The decay, or the schedule that gives it."""
+        return self._average_decay
+
+    @property
+    def start_step(self) -> int:
+        """The first step that is averaged."""
+        return self.start_averaging
+
+    @property
+    def dynamic_decay(self) -> bool:
+        """Whether the decay warms up."""
+        return self._dynamic_decay
+
+    def get_config(self) -> Dict[str, Any]:
+        """The constructor's arguments, ready for JSON."""
+        config = super().get_config()
+        del config["start_averaging"]  # Goes by the name of `start_step` here.
+        decay = self._average_decay
+        if isinstance(decay, Schedule):
+            decay = tf_keras.optimizers.schedules.serialize(decay)
+        return {
+            **config,
+            "average_decay": decay,
+            "start_step": self.start_step,
+            "dynamic_decay": self._dynamic_decay,
+        }
+
+    @classmethod
+    def from_config(cls, config: Dict[str, Any], custom_objects: Optional[Dict[str, Any]] = None):
+        """Creates the optimizer that `get_config` described; see `AveragedOptimizerWrapper`."""
+        if isinstance(config.get("average_decay"), dict):
+            schedule = tf_keras.optimizers.schedules.deserialize(
+                inner_optimizers.copy_containers(config["average_decay"]), custom_objects
+            )
+            config = {**config, "average_decay": schedule}
+        return super().from_config(config, custom_objects)
+
+
+def _checked_decay(decay: Union[float, Schedule]) -> Union[float, Schedule]:
+    if isinstance(decay, Schedule):
+        return decay
+    expected = "Expected `average_decay` to be a float from 0 to 1, or a `LearningRateSchedule`."
+    received = f"Received: average_decay={decay!r}"
+    if isinstance(decay, (bool, np.bool_)) or not isinstance(decay, (int, float, np.number)):
+        raise TypeError(f"{expected} {received}")
+    if math.isnan(decay) or not 0 <= decay <= 1:
+        raise ValueError(f"{expected} {received}")
+    return float(decay)

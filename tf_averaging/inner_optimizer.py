@@ -1,0 +1,206 @@
+# Copyright 2026 The tf_averaging Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The optimizer inside the wrapper: tf_keras has two generations; this is their small common face."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any, Dict, List, Optional, Sequence, Union
+
+import numpy as np
+import tensorflow as tf
+import tf_keras
+
+Optimizer = Union[tf_keras.optimizers.Optimizer, tf_keras.optimizers.legacy.Optimizer]
+Schedule = tf_keras.optimizers.schedules.LearningRateSchedule
+
+# What a wrapper's constructor passes on. One home for each: the inner optimizer.
+CLIPPING = ("clipnorm", "clipvalue", "global_clipnorm")
+SETTINGS = CLIPPING + ("learning_rate", "decay")
+
+
+def get(identifier: Union[str, Dict[str, Any], Optimizer], **settings) -> Optimizer:
+    """Returns the optimizer meant by `identifier`, configured by `settings`.
+
+    Args:
+      identifier: an optimizer of either generation, the name of one, or its config dict (which is left
+        as it is).
+      **settings: any of `SETTINGS`; None says nothing. What the optimizer leaves unset is set: all of
+        it for a name, what a config dict does not mention, and for an instance a clipping value of
+        None.
+
+    Raises:
+      TypeError: if `identifier` is not an optimizer that can be wrapped.
+      ValueError: if a setting contradicts the optimizer's own, or the optimizer keeps its own average.
+    """
+    settings = {key: value for key, value in settings.items() if value is not None}
+    if isinstance(identifier, str):
+        optimizer = tf_keras.optimizers.get(identifier)
+        own: Dict[str, Any] = {}
+    elif isinstance(identifier, dict):
+        optimizer = tf_keras.optimizers.get(copy_containers(identifier))
+        own = dict(identifier.get("config", {}))
+        own["learning_rate"] = own.get("learning_rate", own.get("lr"))
+    else:
+        _check_type(identifier)
+        optimizer = identifier
+        own = {name: getattr(optimizer, name, None) for name in CLIPPING}
+        own["learning_rate"] = learning_rate_or_schedule(optimizer)
+        own["decay"] = getattr(optimizer, "_initial_decay", None)
+    _check_type(optimizer)
+    if getattr(optimizer, "use_ema", False):
+        raise ValueError(
+            "The inner optimizer has `use_ema=True`, so it would keep an average of its own and put it "
+            "into the model at the end of `fit`. Expected an optimizer with `use_ema=False`: the "
+            f"wrapper keeps the average. Received: {optimizer}"
+        )
+    return _configure(optimizer, own, settings)
+
+
+def _check_type(optimizer: object) -> None:
+    expected = (
+        "Expected a `tf_keras.optimizers.Optimizer`, a `tf_keras.optimizers.legacy.Optimizer`, the name "
+        "of one, or its config dict."
+    )
+    received = f"Received: {optimizer!r} of type {type(optimizer)}"
+    if isinstance(optimizer, tf_keras.mixed_precision.LossScaleOptimizer):
+        raise TypeError(
+            "A LossScaleOptimizer goes around the averaging optimizer, not inside it: steps that it "
+            "skips must not be averaged. Wrap the optimizer first, then pass the result to "
+            "`LossScaleOptimizer`; `Model.compile` does so by itself under the `mixed_float16` policy. "
+            f"{received}"
+        )
+    if isinstance(optimizer, (tf_keras.optimizers.Optimizer, tf_keras.optimizers.legacy.Optimizer)):
+        return
+    if any(cls.__module__.split(".")[0] == "keras" for cls in inspect.getmro(_class_of(optimizer))):
+        raise TypeError(
+            "The optimizer comes from Keras 3, which `tf.keras` is unless told otherwise. Either create "
+            "it from tf_keras (`import tf_keras; tf_keras.optimizers.SGD(...)`, and the model too), or "
+            "set the environment variable TF_USE_LEGACY_KERAS=1 before TensorFlow is imported, so that "
+            f"`tf.keras` is tf_keras. {expected} {received}"
+        )
+    if inspect.isclass(optimizer):
+        raise TypeError(f"Received a class, not an optimizer: call it first. {expected} {received}")
+    raise TypeError(f"{expected} {received}")
+
+
+def _class_of(optimizer: object) -> type:
+    return optimizer if inspect.isclass(optimizer) else type(optimizer)
+
+
+def _configure(optimizer: Optimizer, own: Dict[str, Any], settings: Dict[str, Any]) -> Optimizer:
+    """Sets what `own` leaves unset, and checks the rest for contradictions."""
+    if "decay" in settings and not is_legacy(optimizer):
+        raise ValueError(
+            "`decay` exists in legacy optimizers only. Expected a "
+            "`tf_keras.optimizers.legacy.Optimizer` inside, or a schedule from "
+            "`tf_keras.optimizers.schedules` as its learning rate. Received: "
+            f"decay={settings['decay']!r} and the inner optimizer {optimizer!r}"
+        )
+    for name, value in settings.items():
+        if own.get(name) is not None and not _same(own[name], value):
+            raise ValueError(
+                f"`{name}` contradicts the inner optimizer's own. Expected {_shown(own[name])}, or no "
+                f"`{name}` here; to change it, change it where the inner optimizer is created. "
+                f"Received: {name}={_shown(value)}"
+            )
+    unset = {name: value for name, value in settings.items() if own.get(name) is None}
+    if unset.keys() - set(CLIPPING):
+        # A new optimizer: a schedule cannot take the place of a learning rate once it is a variable.
+        return type(optimizer).from_config({**optimizer.get_config(), **unset})
+    for name, value in unset.items():
+        setattr(optimizer, name, value)
+    if optimizer.clipnorm is not None and optimizer.global_clipnorm is not None:
+        raise ValueError(
+            "At most one of `clipnorm` and `global_clipnorm` can be set. Received: "
+            f"clipnorm={optimizer.clipnorm}, global_clipnorm={optimizer.global_clipnorm}"
+        )
+    return optimizer
+
+
+def _same(own: Any, value: Any) -> bool:
+    if isinstance(own, tf.Variable):
+        own, value = own.numpy(), np.asarray(value, own.dtype.as_numpy_dtype)
+    if isinstance(own, Schedule) and isinstance(value, Schedule):
+        return own is value or (type(own) is type(value) and own.get_config() == value.get_config())
+    return bool(own == value)
+
+
+def _shown(value: Any) -> str:
+    return repr(value.numpy() if isinstance(value, tf.Variable) else value)
+
+
+def copy_containers(config: Any) -> Any:
+    """A copy whose dicts and lists may be edited; what is in them is shared."""
+    if isinstance(config, dict):
+        return {key: copy_containers(value) for key, value in config.items()}
+    if isinstance(config, list):
+        return [copy_containers(value) for value in config]
+    return config
+
+
+def is_legacy(optimizer: Optimizer) -> bool:
+    return isinstance(optimizer, tf_keras.optimizers.legacy.Optimizer)
+
+
+def learning_rate_or_schedule(optimizer: Optimizer):
+    """What the optimizer was given as its learning rate: a schedule, a variable or a number."""
+    return getattr(optimizer, "learning_rate" if is_legacy(optimizer) else "_learning_rate", None)
+
+
+def from_config(config: Any, custom_objects: Optional[Dict[str, Any]] = None) -> Optimizer:
+    """The optimizer that `tf_keras.optimizers.serialize` made `config` of; it is left as it is."""
+    if not isinstance(config, dict):
+        return config
+    return tf_keras.optimizers.deserialize(copy_containers(config), custom_objects=custom_objects)
+
+
+def build(optimizer: Optimizer, var_list: Sequence[tf.Variable]) -> None:
+    """Creates the optimizer's state for these variables."""
+    if is_legacy(optimizer):
+        optimizer._create_all_weights(list(var_list))  # The name that tf_keras's own loaders use.
+    else:
+        optimizer.build(var_list)
+
+
+def apply_gradients(optimizer: Optimizer, grads_and_vars: list, name: Optional[str], aggregate: bool):
+    """Takes one step. `aggregate` says whether to sum the gradients over the replicas."""
+    if aggregate:  # The default of all optimizers, some of which take no such argument.
+        return optimizer.apply_gradients(grads_and_vars, name=name)
+    if is_legacy(optimizer):
+        return optimizer.apply_gradients(
+            grads_and_vars, name=name, experimental_aggregate_gradients=False
+        )
+    return optimizer.apply_gradients(grads_and_vars, name=name, skip_gradients_aggregation=True)
+
+
+def aggregate_gradients(optimizer: Optimizer, grads_and_vars: list) -> list:
+    """Sums the gradients over the replicas."""
+    if is_legacy(optimizer):
+        return optimizer._aggregate_gradients(grads_and_vars)
+    return optimizer.aggregate_gradients(grads_and_vars)
+
+
+def compute_gradients(optimizer: Optimizer, loss, var_list, tape) -> list:
+    """(gradient, variable) pairs, as the optimizer's own `minimize` computes them."""
+    if is_legacy(optimizer):
+        return optimizer._compute_gradients(loss, var_list, tape=tape)
+    return optimizer.compute_gradients(loss, var_list, tape=tape)
+
+
+def state(optimizer: Optimizer) -> List[tf.Variable]:
+    """All variables of the optimizer, iterations first."""
+    variables = list(optimizer.weights if is_legacy(optimizer) else optimizer.variables)
+    iterations = optimizer.iterations
+    return [iterations] + [variable for variable in variables if variable is not iterations]
