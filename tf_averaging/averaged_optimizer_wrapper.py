@@ -638,7 +638,7 @@ class AveragedOptimizerWrapper(tf_keras.optimizers.Optimizer):
             store[str(index)] = variable.numpy()
 
     def load_own_variables(self, store) -> None:
-        """Reads the state from a `.keras` file's store; one that does not fit is left alone, with a warning."""
+        """Reads the state from a `.keras` file's store; one that does not fit is left alone, and said."""
         try:
             self.set_weights([store[str(index)] for index in range(len(store.keys()))])
         except (KeyError, ValueError) as error:

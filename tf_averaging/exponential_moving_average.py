@@ -45,7 +45,7 @@ class ExponentialMovingAverage(averaged_optimizer_wrapper.AveragedOptimizerWrapp
     ...     tf_keras.optimizers.SGD(2.0), average_decay=0.5, dynamic_decay=False)
     >>> for _ in range(2):
     ...     _ = optimizer.apply_gradients([(tf.constant([0.1, 0.1]), weight)])
-    >>> print(weight.numpy(), optimizer.get_slot(weight, "average").numpy())
+    >>> print(weight.numpy().round(2), optimizer.get_slot(weight, "average").numpy().round(2))
     [0.6 1.6] [0.75 1.75]
 
     Args:

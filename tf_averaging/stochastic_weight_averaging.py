@@ -38,7 +38,7 @@ class SWA(averaged_optimizer_wrapper.AveragedOptimizerWrapper):
     >>> for _ in range(3):
     ...     _ = optimizer.apply_gradients(zip(gradients, weights))
     >>> optimizer.assign_average_vars(weights)
-    >>> print(weights[0].numpy(), weights[1].numpy())
+    >>> print(weights[0].numpy().round(2), weights[1].numpy().round(2))
     [0.8 0.8] [1.8 1.8]
 
     Models with BatchNormalization need its statistics recomputed for the averaged weights, or averaged
