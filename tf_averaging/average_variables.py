@@ -354,11 +354,13 @@ def averageable(variables: Iterable[object]) -> List[tf.Variable]:
 
 def variable_key(variable: tf.Variable) -> str:
     """What identifies a variable, however wrapped, and whichever of its components is at hand."""
-    container = getattr(variable, "_distributed_container", None)
-    if container is None:
-        container = getattr(getattr(variable, "handle", None), "_distributed_container", None)
-    owner = container() if container is not None else variable
-    return (variable if owner is None else owner)._unique_id
+    if not average_ops.is_distributed(variable):
+        # A component knows its whole, on itself or (extension types) on its handle.
+        for part in (variable, getattr(variable, "handle", None)):
+            container = getattr(part, "_distributed_container", None)
+            if container is not None and container() is not None:
+                return container()._unique_id
+    return variable._unique_id
 
 
 def strategy_of(variable: tf.Variable) -> Optional[tf.distribute.Strategy]:

@@ -379,7 +379,7 @@ class AveragedOptimizerWrapper(tf_keras.optimizers.Optimizer):
           weight: how much the weights count, 0 to 1; None for what the step just taken would use.
 
         Returns:
-          In graphs, an operation; in eager mode None.
+          None; in graphs of TF 1 an operation that does it.
 
         Raises:
           ValueError: if there are no averages yet or `weight` is out of range.
@@ -405,7 +405,7 @@ class AveragedOptimizerWrapper(tf_keras.optimizers.Optimizer):
         nor memory, unless the averages have another dtype than the weights.
 
         Returns:
-          In graphs, an operation; in eager mode None.
+          None; in graphs of TF 1 an operation that does it.
 
         Raises:
           ValueError: if there are no averages yet.
@@ -477,7 +477,7 @@ class AveragedOptimizerWrapper(tf_keras.optimizers.Optimizer):
           var_list: variables of the model.
 
         Returns:
-          In graphs, an operation; in eager mode None.
+          None; in graphs of TF 1 an operation that does it.
 
         Raises:
           TypeError: if `var_list` is not a list of variables.
@@ -810,7 +810,8 @@ def _orders_itself() -> bool:
 
 
 def _as_operation(result):
-    return None if tf.executing_eagerly() or result is None else tf.group(result)
+    """What to hand to a caller, who must run it only where operations do not run by themselves."""
+    return None if _orders_itself() else tf.group(result)
 
 
 def _weighted_loss(loss, tape, grad_loss):

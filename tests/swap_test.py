@@ -1,0 +1,324 @@
+# Copyright 2026 The tf_averaging Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Swapping weights and averages: exact, in place, always undone."""
+
+import itertools
+import signal
+
+import numpy as np
+import pytest
+import tensorflow as tf
+import tf_keras
+
+import tf_averaging as tfav
+
+SPECIAL = [np.nan, np.inf, -np.inf, -0.0, 0.0, 1.0, -1.5, 6e-8, 1e-40, 5e-324, 65504.0, 3e38]
+DTYPES = ["float16", "bfloat16", "float32", "float64", "complex64"]
+
+
+def bits(variable):
+    """The value as bytes, so that NaN equals NaN and -0.0 differs from 0.0; of all replicas."""
+    return [value.numpy().tobytes() for value in getattr(variable, "values", [variable])]
+
+
+def set_bits(variable, value):
+    """Sets a variable without arithmetic, on all replicas."""
+    for component in getattr(variable, "values", [variable]):
+        component.assign(value)
+
+
+def special_values(dtype, seed):
+    """All special values that `dtype` can hold, denormals of its own among them, shuffled."""
+    dtype = tf.as_dtype(dtype)
+    real = dtype.real_dtype.as_numpy_dtype
+    with np.errstate(over="ignore", under="ignore"):
+        values = np.array(SPECIAL).astype(real)
+    smallest = np.array(1, {2: np.uint16, 4: np.uint32, 8: np.uint64}[values.itemsize]).view(real)
+    values = np.append(values, [smallest, -smallest]).astype(real)
+    np.random.default_rng(seed).shuffle(values)
+    if dtype.is_complex:
+        pairs = np.stack([values, values[::-1]], axis=-1)
+        values = pairs.view(dtype.as_numpy_dtype)[:, 0]
+    return values
+
+
+def in_function(function):
+    """`function` as a graph."""
+
+    @tf.function
+    def call():
+        function()
+
+    return call
+
+
+def count_one_update(optimizer):
+    """As if an update had been folded in: from then on the averages are not the weights."""
+    optimizer.set_weights(
+        [np.int64(1) if "num_averaged" in v.name else v.numpy() for v in optimizer.variables]
+    )
+
+
+def averaging_optimizer(average_dtype=None):
+    return tfav.ExponentialMovingAverage(tf_keras.optimizers.SGD(0.1), average_dtype=average_dtype)
+
+
+@pytest.mark.parametrize("in_graph", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "average_dtype"),
+    [(dtype, None) for dtype in DTYPES]
+    + [("float16", "float16"), ("bfloat16", "bfloat16"), ("float32", "float64")],
+)
+def test_swapping_twice_is_the_identity_bit_for_bit(strategy, dtype, average_dtype, in_graph):
+    with strategy.scope():
+        variable = tf.Variable(special_values(dtype, 1))
+        optimizer = averaging_optimizer(average_dtype)
+    optimizer.shadow_copy([variable])
+    count_one_update(optimizer)
+    average = optimizer.get_slot(variable, "average")
+    set_bits(average, special_values(average.dtype, 2))
+    before = bits(variable), bits(average)
+    shown = tf.cast(average.numpy(), variable.dtype).numpy().tobytes()
+    swap = in_function(optimizer.swap_weights) if in_graph else optimizer.swap_weights
+
+    swap()
+    assert bits(variable) == [shown] * len(before[0])
+    assert optimizer.weights_swapped
+    swap()
+    assert (bits(variable), bits(average)) == before
+    assert not optimizer.weights_swapped
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_change_made_while_swapped_goes_to_the_average(dtype):
+    """Where the dtypes differ too, and what was not touched keeps its precision."""
+    variable = tf.Variable(tf.constant([1.0, 2.0, 3.0], dtype))
+    optimizer = averaging_optimizer()
+    optimizer.shadow_copy([variable])
+    for _ in range(3):
+        optimizer.apply_gradients([(tf.constant([1.0, 1.0, 1.0], dtype), variable)])
+    weights, average = variable.numpy(), optimizer.get_slot(variable, "average").numpy()
+    with optimizer.swapped_weights():
+        variable.assign(tf.concat([variable[:2], tf.constant([7.0], dtype)], 0))
+    np.testing.assert_array_equal(variable.numpy(), weights)
+    np.testing.assert_array_equal(
+        optimizer.get_slot(variable, "average").numpy(), np.append(average[:2], np.float32(7.0))
+    )
+
+
+def test_change_made_while_swapped_goes_to_the_average_of_same_dtype():
+    variable = tf.Variable([1.0, 2.0])
+    optimizer = averaging_optimizer()
+    optimizer.shadow_copy([variable])
+    with optimizer.swapped_weights():
+        variable.assign([5.0, 6.0])
+    np.testing.assert_array_equal(variable.numpy(), [1.0, 2.0])
+
+
+def trained(strategy, dtype="float32"):
+    with strategy.scope():
+        variables = [tf.Variable(tf.constant([1.0, 2.0], dtype)), tf.Variable(tf.constant(3.0, dtype))]
+        optimizer = tfav.SWA(tf_keras.optimizers.SGD(0.5), 0, 1)
+
+    def on_replica():
+        optimizer.apply_gradients([(tf.ones_like(v), v) for v in variables])
+
+    step = in_function(lambda: strategy.run(on_replica))
+    step()
+    step()
+    return optimizer, variables
+
+
+@pytest.mark.parametrize("where", ["outside", "in scope", "in function", "on replicas"])
+def test_swap_works_everywhere(strategy, where):
+    optimizer, variables = trained(strategy)
+    weights = [bits(v) for v in variables]
+    averages = [bits(optimizer.get_slot(v, "average")) for v in variables]
+
+    def swap():
+        if where == "outside":
+            optimizer.swap_weights()
+        elif where == "in scope":
+            with strategy.scope():
+                optimizer.swap_weights()
+        elif where == "in function":
+            in_function(optimizer.swap_weights)()
+        else:
+            in_function(lambda: strategy.run(optimizer.swap_weights))()
+
+    swap()
+    assert [bits(v) for v in variables] == averages
+    assert [bits(optimizer.get_slot(v, "average")) for v in variables] == weights
+    swap()
+    assert [bits(v) for v in variables] == weights
+    assert [bits(optimizer.get_slot(v, "average")) for v in variables] == averages
+
+
+@pytest.mark.parametrize("where", ["outside", "in scope", "in function", "on replicas"])
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_assign_works_everywhere(strategy, where, dtype):
+    optimizer, variables = trained(strategy, dtype)
+    averages = [optimizer.get_slot(v, "average").numpy() for v in variables]
+    no_average = tf.Variable(5.0)
+
+    def assign():
+        optimizer.assign_average_vars([*variables, no_average])
+
+    if where == "outside":
+        assign()
+    elif where == "in scope":
+        with strategy.scope():
+            assign()
+    elif where == "in function":
+        in_function(assign)()
+    else:
+        in_function(lambda: strategy.run(assign))()
+    for variable, average in zip(variables, averages):
+        expected = average.astype(variable.dtype.as_numpy_dtype).tobytes()
+        assert bits(variable) == [expected] * len(bits(variable))
+        np.testing.assert_array_equal(optimizer.get_slot(variable, "average").numpy(), average)
+    assert no_average.numpy() == 5.0
+
+
+def test_training_goes_on_after_assign(strategy):
+    """Variables and averages share buffers after the assignment; a step must not write to both."""
+    optimizer, variables = trained(strategy)
+    optimizer.assign_average_vars(variables)
+    averages = [optimizer.get_slot(v, "average").numpy() for v in variables]
+
+    def on_replica():
+        optimizer.inner_optimizer.apply_gradients([(tf.ones_like(v), v) for v in variables])
+
+    in_function(lambda: strategy.run(on_replica))()
+    for variable, average in zip(variables, averages):
+        np.testing.assert_array_equal(optimizer.get_slot(variable, "average").numpy(), average)
+        expected = average - 0.5 * strategy.num_replicas_in_sync
+        np.testing.assert_array_equal(variable.numpy(), expected)
+
+
+class TestSwappedWeights:
+    @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit, GeneratorExit])
+    def test_restores_after_any_exception(self, strategy, error):
+        optimizer, variables = trained(strategy)
+        before = [bits(v) for v in variables]
+
+        def fail():
+            with optimizer.swapped_weights():
+                assert [bits(v) for v in variables] != before
+                raise error
+
+        with pytest.raises(error):
+            fail()
+        assert [bits(v) for v in variables] == before
+        assert not optimizer.weights_swapped
+
+    def test_restores_after_ctrl_c_in_evaluate(self):
+        model = tf_keras.Sequential([tf_keras.layers.Dense(1, input_shape=(2,))])
+        optimizer = tfav.SWA("sgd", 0, 1)
+        model.compile(optimizer, "mse")
+        x, y = np.ones((64, 2)), np.ones((64, 1))
+        model.fit(x, y, epochs=2, verbose=0)
+        before = [bits(v) for v in model.variables]
+
+        class PressCtrlC(tf_keras.callbacks.Callback):
+            def on_test_batch_end(self, batch, logs=None):
+                signal.raise_signal(signal.SIGINT)
+
+        with pytest.raises(KeyboardInterrupt), optimizer.swapped_weights():
+            model.evaluate(x, y, verbose=0, callbacks=[PressCtrlC()])
+        assert [bits(v) for v in model.variables] == before
+
+    def test_nested_blocks_show_the_averages(self):
+        optimizer, variables = trained(tf.distribute.get_strategy())
+        before = [bits(v) for v in variables]
+        averages = [bits(optimizer.get_slot(v, "average")) for v in variables]
+        with optimizer.swapped_weights():
+            with optimizer.swapped_weights():
+                assert [bits(v) for v in variables] == averages
+            assert [bits(v) for v in variables] == averages
+        assert [bits(v) for v in variables] == before
+
+    def test_block_that_swaps_back_itself_ends_unswapped(self):
+        optimizer, variables = trained(tf.distribute.get_strategy())
+        before = [bits(v) for v in variables]
+        with optimizer.swapped_weights():
+            optimizer.swap_weights()
+        assert [bits(v) for v in variables] == before
+        assert not optimizer.weights_swapped
+
+    def test_block_inside_a_swap_leaves_the_swap(self):
+        optimizer, _ = trained(tf.distribute.get_strategy())
+        optimizer.swap_weights()
+        with optimizer.swapped_weights():
+            assert optimizer.weights_swapped
+        assert optimizer.weights_swapped
+
+
+def test_before_the_first_update_the_averages_are_the_weights(strategy):
+    with strategy.scope():
+        variable = tf.Variable([1.0, 2.0])
+        optimizer = tfav.SWA(tf_keras.optimizers.SGD(1.0), start_averaging=100)
+    optimizer.shadow_copy([variable])
+    set_bits(variable, [7.0, 8.0])
+    with optimizer.swapped_weights():
+        np.testing.assert_array_equal(variable.numpy(), [7.0, 8.0])
+    optimizer.assign_average_vars([variable])
+    np.testing.assert_array_equal(variable.numpy(), [7.0, 8.0])
+    np.testing.assert_array_equal(optimizer.get_slot(variable, "average").numpy(), [7.0, 8.0])
+
+
+def test_weights_loaded_while_swapped_before_the_first_update_do_not_reach_the_weights():
+    """With nothing folded in, what is put into the model while swapped is an average, not a weight."""
+    variable = tf.Variable([1.0])
+    optimizer = tfav.SWA(tf_keras.optimizers.SGD(1.0), start_averaging=100)
+    optimizer.shadow_copy([variable])
+    optimizer.swap_weights()
+    variable.assign([9.0])
+    optimizer.swap_weights()
+    np.testing.assert_array_equal(variable.numpy(), [1.0])
+
+
+def test_on_read_variables_keep_each_replicas_own_value(mirrored_strategy):
+    with mirrored_strategy.scope():
+        variable = tf.Variable(
+            0.0,
+            trainable=False,
+            synchronization=tf.VariableSynchronization.ON_READ,
+            aggregation=tf.VariableAggregation.MEAN,
+        )
+        optimizer = tfav.ExponentialMovingAverage("sgd")
+    for component, value in zip(variable.values, [1.0, 5.0]):
+        component.assign(value)
+    optimizer.shadow_copy([variable])
+    assert [v.numpy() for v in optimizer.get_slot(variable, "average").values] == [1.0, 5.0]
+    count_one_update(optimizer)
+    for component, value in zip(variable.values, [2.0, 7.0]):
+        component.assign(value)
+    optimizer.swap_weights()
+    assert [v.numpy() for v in variable.values] == [3.0, 3.0]
+    for component, value in zip(variable.values, [10.0, 20.0]):  # The averages, changed by hand.
+        component.assign(value)
+    optimizer.swap_weights()
+    assert [v.numpy() for v in variable.values] == [2.0, 7.0]
+    assert [v.numpy() for v in optimizer.get_slot(variable, "average").values] == [10.0, 20.0]
+
+
+def test_swap_takes_many_dtypes_at_once():
+    variables = [tf.Variable(special_values(dtype, 3)) for dtype in DTYPES]
+    optimizer = averaging_optimizer()
+    optimizer.shadow_copy(variables)
+    before = [bits(v) for v in variables]
+    for _ in itertools.repeat(None, 4):
+        optimizer.swap_weights()
+    assert [bits(v) for v in variables] == before
