@@ -1,0 +1,80 @@
+# Copyright 2026 The tf_averaging Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The private names of TensorFlow and tf_keras that the package rests on, each with what it must do."""
+
+import tensorflow as tf
+import tf_keras
+
+import tf_averaging as tfav
+from tf_averaging import average_variables
+
+
+def test_unique_id_tells_variables_apart():
+    first, second = tf.Variable(1.0), tf.Variable(1.0)
+    assert first._unique_id == first._unique_id
+    assert first._unique_id != second._unique_id
+
+
+def test_distributed_container_leads_from_a_component_to_the_whole(mirrored_strategy):
+    with mirrored_strategy.scope():
+        variable = tf.Variable(1.0)
+    keys = {average_variables.variable_key(value) for value in variable.values}
+    assert keys == {average_variables.variable_key(variable)}
+
+
+def test_distribute_strategy_is_where_the_variable_was_created(strategy):
+    with strategy.scope():
+        variable = tf.Variable(1.0)
+    assert (average_variables.strategy_of(variable) or tf.distribute.get_strategy()) is strategy
+
+
+def test_autocast_variable_says_its_true_dtype():
+    tf_keras.mixed_precision.set_global_policy("mixed_bfloat16")
+    seen = []
+
+    class Layer(tf_keras.layers.Layer):
+        def build(self, input_shape):
+            self.kernel = self.add_weight(name="kernel", shape=[2])
+
+        def call(self, inputs):
+            seen.append((self.kernel.dtype, self.kernel.true_dtype))
+            return inputs * self.kernel
+
+    Layer()(tf.ones([1, 2]))
+    assert seen == [(tf.bfloat16, tf.float32)]
+
+
+def test_legacy_optimizers_create_their_state_on_request():
+    optimizer = tf_keras.optimizers.legacy.Adam()
+    optimizer._create_all_weights([tf.Variable(1.0)])
+    assert len(optimizer.weights) == 3
+    assert optimizer._initial_decay == 0.0
+
+
+def test_learning_rate_schedule_is_kept_where_callbacks_look():
+    schedule = tf_keras.optimizers.schedules.ExponentialDecay(0.1, 10, 0.5)
+    for generation in (tf_keras.optimizers, tf_keras.optimizers.legacy):
+        assert tfav.SWA(generation.SGD(schedule))._learning_rate is schedule
+
+
+def test_checkpoint_takes_the_averages_for_slots(tmp_path):
+    """By the three methods of `AverageVariables`, and by nothing of the wrapper's."""
+    variable = tf.Variable(2.0)
+    optimizer = tfav.SWA(tf_keras.optimizers.SGD(1.0), 0, 1)
+    optimizer.apply_gradients([(tf.constant(1.0), variable)])
+    path = tf.train.Checkpoint(variable=variable, optimizer=optimizer).save(tmp_path / "ckpt")
+    keys = [key for key, _ in tf.train.list_variables(path)]
+    assert "variable/.OPTIMIZER_SLOT/optimizer/averages/average/.ATTRIBUTES/VARIABLE_VALUE" in keys
+    assert "optimizer/averages/num_averaged/.ATTRIBUTES/VARIABLE_VALUE" in keys
+    assert "get_slot_names" not in dir(optimizer)
