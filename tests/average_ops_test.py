@@ -1,0 +1,170 @@
+# Copyright 2026 The tf_averaging Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The arithmetic on components: compiled and plain alike, and what memory they take."""
+
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from tf_averaging import average_ops
+from tf_averaging import average_variables
+
+SHAPES = [(), (0,), (1,), (3, 5), (200, 150)]
+
+
+def pairs_of(dtype, average_dtype, seed=0):
+    random = np.random.default_rng(seed)
+    averages = [tf.Variable(tf.cast(random.normal(size=s), average_dtype)) for s in SHAPES]
+    variables = [tf.Variable(tf.cast(random.normal(size=s), dtype)) for s in SHAPES]
+    components = [average_ops.components(v)[0] for v in averages + variables]
+    return averages, variables, list(zip(components[: len(SHAPES)], components[len(SHAPES) :]))
+
+
+@pytest.mark.parametrize("in_function", [False, True])
+@pytest.mark.parametrize("jit_compile", [True, False, "auto"])
+@pytest.mark.parametrize(
+    ("dtype", "average_dtype"),
+    [
+        ("float32", "float32"),
+        ("float64", "float64"),
+        ("float16", "float32"),
+        ("bfloat16", "float32"),
+        ("float32", "float64"),
+        ("complex64", "complex64"),
+    ],
+)
+def test_fold_is_the_interpolation(dtype, average_dtype, jit_compile, in_function):
+    averages, variables, pairs = pairs_of(dtype, average_dtype)
+    before = [(a.numpy(), v.numpy().astype(a.dtype.as_numpy_dtype)) for a, v in zip(averages, variables)]
+    fold = average_ops.Fold()
+
+    def run():
+        fold(pairs, tf.constant(0.3, tf.float64), jit_compile)
+
+    (tf.function(run) if in_function else run)()
+    for average, variable, (a, w) in zip(averages, variables, before):
+        exact = np.complex128 if average.dtype.is_complex else np.float64
+        expected = a.astype(exact) + 0.3 * (w.astype(exact) - a.astype(exact))
+        tolerance = 4 * np.finfo(average.dtype.real_dtype.as_numpy_dtype).eps
+        np.testing.assert_allclose(average.numpy(), expected, rtol=0, atol=5 * tolerance)
+        np.testing.assert_array_equal(variable.numpy().astype(w.dtype), w)
+
+
+def test_auto_compiles_large_local_variables_only():
+    def component(elements, device):
+        return average_ops.Component(None, tf.float32, tf.TensorShape([elements]), device)
+
+    here = "/job:localhost/replica:0/task:0/device:CPU:0"
+    large = average_ops.MIN_BYTES_TO_COMPILE // 4
+    assert average_ops.pays_to_compile(component(large, here), "auto")
+    assert not average_ops.pays_to_compile(component(large - 1, here), "auto")
+    assert not average_ops.pays_to_compile(component(None, here), "auto")
+    assert average_ops.pays_to_compile(component(1, here), True)
+    assert not average_ops.pays_to_compile(component(large, here), False)
+    remote = "/job:ps/replica:0/task:0/device:CPU:0"
+    assert not average_ops.pays_to_compile(component(large, remote), True)
+
+
+def test_repeated_eager_folds_do_not_trace_again():
+    _, _, pairs = pairs_of("float32", "float32")
+    fold = average_ops.Fold()
+    for weight in (0.1, 0.2, 0.3):
+        fold(pairs, tf.constant(weight, tf.float64), True)
+    assert fold._compiled.experimental_get_tracing_count() == 1
+
+
+def test_components_are_all_outside_and_the_own_one_on_a_replica(mirrored_strategy):
+    with mirrored_strategy.scope():
+        variable = tf.Variable(1.0)
+    outside = [c.device for c in average_ops.components(variable)]
+    assert [d[-5:] for d in outside] == ["CPU:0", "CPU:1"]
+    with mirrored_strategy.scope():
+        assert [c.device for c in average_ops.components(variable)] == outside
+    on_replicas = []
+    mirrored_strategy.run(
+        lambda: on_replicas.append([c.device for c in average_ops.components(variable)])
+    )
+    assert sorted(on_replicas) == [[outside[0]], [outside[1]]]
+
+
+def test_variables_are_folded_on_their_own_devices():
+    """A model split over devices: one fused update for each."""
+    variables = []
+    for device in ("CPU:0", "CPU:1", "CPU:0"):
+        with tf.device(device):
+            variables.append(tf.Variable(tf.ones([40, 1000])))
+    averages = average_variables.AverageVariables()
+    averages.add(variables)
+    for variable, slots in zip(variables, averages):
+        assert slots.average.device == variable.device
+        variable.assign(3.0 * tf.ones([40, 1000]))
+    pairs = [
+        (average_ops.components(s.average)[0], average_ops.components(s.variable)[0]) for s in averages
+    ]
+    assert [len(group) for _, group in average_ops.by_device(pairs)] == [2, 1]
+    averages.fold(lambda: tf.constant(0.5, tf.float64), jit_compile=True)
+    for slots in averages:
+        np.testing.assert_array_equal(slots.average.numpy(), np.full([40, 1000], 2.0))
+
+
+MEASURE = textwrap.dedent(
+    """
+    import sys
+    import tensorflow as tf, tf_keras, tf_averaging as tfav
+
+    def status(key):
+        with open("/proc/self/status") as lines:
+            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
+
+    jit_compile, method = sys.argv[1] == "True", sys.argv[2]
+    variables = [tf.Variable(tf.random.normal([4096, 4096])) for _ in range(4)]
+    optimizer = tfav.ExponentialMovingAverage(tf_keras.optimizers.SGD(), jit_compile=jit_compile)
+    optimizer.shadow_copy(variables)
+    for variable in variables:  # Until now average and variable share a buffer.
+        variable.assign(variable * 2.0)
+    call = tf.function(getattr(optimizer, method), autograph=False)
+    for _ in range(3):
+        call()
+    before = status("VmRSS")
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")  # Resets the peak.
+    call()
+    print(status("VmHWM") - before)
+    """
+)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize(
+    ("method", "jit_compile", "variables"),
+    [
+        ("update_average", True, 0),  # The compiled fold needs no second copy of anything,
+        ("update_average", False, 1),  # the plain one a copy of one variable at most,
+        ("swap_weights", False, 0),  # and the swap none.
+    ],
+)
+def test_peak_memory(method, jit_compile, variables):
+    finished = subprocess.run(
+        [sys.executable, "-c", MEASURE, str(jit_compile), method],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    one = 4096 * 4096 * 4
+    assert int(finished.stdout) <= variables * one + 0.05 * 4 * one
