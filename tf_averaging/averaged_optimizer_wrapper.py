@@ -338,7 +338,7 @@ class AveragedOptimizerWrapper(tf_keras.optimizers.Optimizer):
           TypeError: if it is neither.
           ValueError: if a list holds nothing that can be averaged.
         """
-        if hasattr(model_or_variables, "trainable_variables"):
+        if hasattr(type(model_or_variables), "trainable_variables"):
             self._followed_model = self._no_dependency(model_or_variables)
             self._create_averages([])
             return
@@ -767,7 +767,8 @@ class AveragedOptimizerWrapper(tf_keras.optimizers.Optimizer):
 
     def _trackable_children(self, save_type="checkpoint", **kwargs):
         if save_type == "savedmodel":
-            return {"_iterations": self.iterations}
+            # tf_keras keeps no optimizer in this format, but looks for these two when it loads.
+            return {"_iterations": self.iterations, "_variables": self._variables}
         # Not the base class's: it would answer from a copy made when it was first asked.
         return tf.__internal__.tracking.AutoTrackable._trackable_children(self, save_type, **kwargs)
 
