@@ -29,6 +29,11 @@ from tf_averaging import average_variables
 from tf_averaging import inner_optimizer as inner_optimizers
 
 
+# Without AutoGraph, which would otherwise rewrite every function called in a `tf.function`: nothing here
+# needs it, and tracing takes a multiple of the time.
+_as_written = tf.autograph.experimental.do_not_convert
+
+
 class AveragedOptimizerWrapper(tf_keras.optimizers.Optimizer):
     """Base class for optimizers that keep an average of the weights which another optimizer trains.
 
@@ -157,6 +162,7 @@ class AveragedOptimizerWrapper(tf_keras.optimizers.Optimizer):
 
     # Training.
 
+    @_as_written
     def apply_gradients(
         self,
         grads_and_vars: Iterable,
@@ -243,7 +249,8 @@ class AveragedOptimizerWrapper(tf_keras.optimizers.Optimizer):
     def _once(self, work):
         """Calls `work` here, or once for all replicas where they share the averages."""
         if self._averages.are_shared_by_replicas():
-            return tf.distribute.get_replica_context().merge_call(lambda _: work())
+            once = _as_written(lambda _: work())
+            return tf.distribute.get_replica_context().merge_call(once)
         return work()
 
     def _check_graph(self) -> None:
@@ -372,6 +379,7 @@ class AveragedOptimizerWrapper(tf_keras.optimizers.Optimizer):
         """Whether the averages have been created."""
         return len(self._averages) > 0
 
+    @_as_written
     def update_average(self, weight: Optional[float] = None):
         """Folds the current weights into the averages by hand, due or not; counts as an update.
 
@@ -397,6 +405,7 @@ class AveragedOptimizerWrapper(tf_keras.optimizers.Optimizer):
 
         return _as_operation(self._once(update))
 
+    @_as_written
     def swap_weights(self):
         """Exchanges weights and averages in place; a second call brings them back, bit for bit.
 
@@ -462,6 +471,7 @@ class AveragedOptimizerWrapper(tf_keras.optimizers.Optimizer):
         """How many updates the averages hold: scalar int64 tensor."""
         return self._averages.count()
 
+    @_as_written
     def assign_average_vars(self, var_list: Sequence[tf.Variable]):
         """Overwrites variables with their averages; those that have none are left alone.
 
