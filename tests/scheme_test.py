@@ -155,3 +155,27 @@ def test_state_added_by_a_scheme_is_part_of_the_state():
     for _ in range(3):
         optimizer.apply_gradients([(tf.constant(1.0), variable)])
     assert optimizer.get_weights()[-1] == 6
+
+
+def test_subclass_of_swa_with_a_weight_of_its_own_starts_from_the_weights_before():
+    """The plain mean's short cut, a first update that copies, is not for it."""
+
+    class HalfWay(tfav.SWA):
+        def averaging_weight(self, step):
+            return tf.constant(0.5, tf.float64)
+
+    variable = tf.Variable(4.0)
+    optimizer = HalfWay(tf_keras.optimizers.SGD(1.0), 0, 1)
+    optimizer.apply_gradients([(tf.constant(2.0), variable)])
+    assert optimizer.get_slot(variable, "average").numpy() == 3.0
+
+
+def test_first_snapshot_is_the_weights_bit_for_bit():
+    """Whatever was in the model before, infinity included."""
+    variable = tf.Variable([np.inf, 1e30, 0.1])
+    optimizer = tfav.SWA(tf_keras.optimizers.SGD(1.0), 0, 1)
+    optimizer.shadow_copy([variable])
+    optimizer.apply_gradients([(tf.constant([np.inf, 1e30, 0.3]), variable)])
+    average = optimizer.get_slot(variable, "average").numpy()
+    assert average.tobytes() == variable.numpy().tobytes()
+    np.testing.assert_allclose(average, [np.nan, 0.0, -0.2], rtol=1e-6)

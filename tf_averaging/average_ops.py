@@ -101,28 +101,35 @@ def assign(component: Component, value: tf.Tensor) -> Optional[tf.Operation]:
         return tf.raw_ops.AssignVariableOp(resource=component.handle, value=value)
 
 
-def when(
-    condition: Union[bool, tf.Tensor], work: Callable[[], Sequence[Optional[tf.Operation]]]
-) -> Optional[tf.Tensor]:
-    """Runs `work`, which returns operations, if `condition` holds.
+# Work is a function without arguments that returns the operations that must run.
+Work = Callable[[], Sequence[Union[None, tf.Operation, tf.Tensor]]]
+
+
+def _done(work: Work) -> tf.Tensor:
+    with tf.control_dependencies([op for op in work() if op is not None]):
+        return tf.constant(True)
+
+
+def when(condition: Union[bool, tf.Tensor], work: Work) -> Optional[tf.Tensor]:
+    """Does `work` if `condition` holds.
 
     Args:
       condition: a bool known while the graph is built (then nothing is added for the other case), or a
         scalar bool tensor.
-      work: called without arguments; returns the operations that must run.
+      work: what to do.
 
     Returns:
       A scalar bool tensor that is ready once the work is done; in graphs without automatic control
       dependencies, what follows must depend on it. None if there is nothing to wait for.
     """
-
-    def done() -> tf.Tensor:
-        with tf.control_dependencies([op for op in work() if op is not None]):
-            return tf.constant(True)
-
     if isinstance(condition, bool):
-        return done() if condition else None
-    return tf.cond(condition, done, lambda: tf.constant(False))
+        return _done(work) if condition else None
+    return either(condition, work, list)
+
+
+def either(condition: tf.Tensor, work: Work, otherwise: Work) -> tf.Tensor:
+    """Does `work` if the scalar bool tensor holds, `otherwise` if not; returns as `when` does."""
+    return tf.cond(condition, lambda: _done(work), lambda: _done(otherwise))
 
 
 def is_shared_by_replicas(variable: tf.Variable) -> bool:

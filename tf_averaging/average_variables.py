@@ -155,6 +155,7 @@ class AverageVariables(tf.__internal__.tracking.Trackable):
         weight: Callable[[], tf.Tensor],
         jit_compile: Union[bool, str],
         average_op: Optional[Callable[[tf.Tensor, tf.Tensor], tf.Tensor]] = None,
+        first_is_copy: bool = False,
     ) -> List[Optional[tf.Operation]]:
         """Folds the current weights into the averages and counts the update.
 
@@ -163,18 +164,25 @@ class AverageVariables(tf.__internal__.tracking.Trackable):
           jit_compile: as in `average_ops.Fold`.
           average_op: if given, returns the average's new value from the variable's and the average's,
             and `weight` is not asked.
+          first_is_copy: whether the first update sets the averages to the weights.
 
         Returns:
           The operations that must run.
         """
         pairs = [pair for slots in self for pair in _pairs(slots.average, slots.variable)]
         counted = self.count()
-        if average_op is None:
-            operations = self._fold(pairs, weight(), jit_compile)
+
+        def fold():
+            if average_op is not None:
+                return average_ops.update(pairs, average_op)
+            return self._fold(pairs, weight(), jit_compile)
+
+        if first_is_copy:
+            folded = average_ops.either(counted == 0, lambda: average_ops.copy(pairs), fold)
         else:
-            operations = average_ops.update(pairs, average_op)
-        with tf.control_dependencies(operations):
-            return operations + _set(self.num_averaged, counted + 1)
+            folded = average_ops.when(True, fold)
+        with _after(folded):
+            return [folded, *_set(self.num_averaged, counted + 1)]
 
     def count(self) -> tf.Tensor:
         """How many updates the averages hold: scalar int64 tensor."""
@@ -248,11 +256,7 @@ class AverageVariables(tf.__internal__.tracking.Trackable):
         stashed = [slots for slots in self if slots.stash is not None]
         if stashed:
             exchanged.append(
-                tf.cond(
-                    swapped,
-                    lambda: average_ops.when(True, lambda: _leave_stash(stashed)),
-                    lambda: average_ops.when(True, lambda: _enter_stash(stashed)),
-                )
+                average_ops.either(swapped, lambda: _leave_stash(stashed), lambda: _enter_stash(stashed))
             )
         with tf.control_dependencies([op for op in exchanged if op is not None] + [swapped]):
             flag = tf.logical_not(swapped)

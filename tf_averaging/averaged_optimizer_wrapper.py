@@ -28,7 +28,6 @@ from tf_averaging import average_ops
 from tf_averaging import average_variables
 from tf_averaging import inner_optimizer as inner_optimizers
 
-
 # Without AutoGraph, which would otherwise rewrite every function called in a `tf.function`: nothing here
 # needs it, and tracing takes a multiple of the time.
 _as_written = tf.autograph.experimental.do_not_convert
@@ -122,8 +121,9 @@ class AveragedOptimizerWrapper(tf_keras.optimizers.Optimizer):
         self._has_fixed_set = False
 
     def _check_overrides(self) -> None:
-        cls, base = type(self), AveragedOptimizerWrapper
-        if cls.averaging_weight is base.averaging_weight and cls.average_op is base.average_op:
+        cls = type(self)
+        has_own_weight = cls.averaging_weight is not AveragedOptimizerWrapper.averaging_weight
+        if not has_own_weight and not self._has_own_average_op:
             raise TypeError(
                 f"{cls.__name__} does not say how to average. Expected a class that overrides "
                 "`averaging_weight` (or `average_op`), such as `tf_averaging.SWA` or "
@@ -159,6 +159,19 @@ class AveragedOptimizerWrapper(tf_keras.optimizers.Optimizer):
         """
         weight = tf.convert_to_tensor(self.averaging_weight(self._last_step()), tf.float64)
         return average_ops.interpolation(weight)(tf.convert_to_tensor(var), average_var)
+
+    @property
+    def _has_own_average_op(self) -> bool:
+        return type(self).average_op is not AveragedOptimizerWrapper.average_op
+
+    @property
+    def _first_update_is_copy(self) -> bool:
+        """Whether the first update sets the averages to the weights, as a plain mean does.
+
+        The averages need not be brought up to date before that step then, and it costs something on
+        every step to look whether they must be.
+        """
+        return False
 
     # Training.
 
@@ -211,24 +224,26 @@ class AveragedOptimizerWrapper(tf_keras.optimizers.Optimizer):
         step = self._step()
         due = self._is_due(step)
         with _after(self._averages.check_training()):
-            started = self._once(lambda: self._averages.start(due))
-        with _after(started):
-            result = inner_optimizers.apply_gradients(
-                self._inner_optimizer, grads_and_vars, name, aggregate
-            )
+            started = None
+            if not self._first_update_is_copy:
+                started = self._once(lambda: self._averages.start(due))
+            with _after(started):
+                result = inner_optimizers.apply_gradients(
+                    self._inner_optimizer, grads_and_vars, name, aggregate
+                )
         with tf.name_scope(name or self.name), _after(result):
             folded = self._once(lambda: average_ops.when(due, lambda: self._fold(step)))
         return result if _orders_itself() else tf.group(result, folded)
 
     def _fold(self, step: tf.Tensor, weight: Optional[tf.Tensor] = None) -> list:
         """Folds the weights into the averages; `weight` replaces the scheme's own."""
-        overridden = type(self).average_op is not AveragedOptimizerWrapper.average_op
         return self._averages.fold(
             lambda: tf.convert_to_tensor(
                 self.averaging_weight(step) if weight is None else weight, tf.float64
             ),
             self.jit_compile,
-            average_op=self.average_op if overridden and weight is None else None,
+            average_op=self.average_op if self._has_own_average_op and weight is None else None,
+            first_is_copy=self._first_update_is_copy,
         )
 
     def _is_due(self, step: tf.Tensor) -> Union[bool, tf.Tensor]:

@@ -81,6 +81,10 @@ class SWA(averaged_optimizer_wrapper.AveragedOptimizerWrapper):
         return 1.0 / tf.cast(self.num_averaged + 1, tf.float64)
 
     @property
+    def _first_update_is_copy(self) -> bool:
+        return type(self).averaging_weight is SWA.averaging_weight and not self._has_own_average_op
+
+    @property
     def sequential_update(self) -> bool:
         """As given to the constructor; without effect."""
         return self._sequential_update
