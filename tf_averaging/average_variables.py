@@ -147,7 +147,7 @@ class AverageVariables(tf.__internal__.tracking.Trackable):
     def start(self, due: Union[bool, tf.Tensor]) -> Optional[tf.Tensor]:
         """Before a step: the first update that is due begins from the weights as they are now."""
         return average_ops.when(
-            due if due is False else tf.logical_and(due, self.count() == 0), self._copy_weights
+            due if due is False else tf.logical_and(due, self._is_empty()), self._copy_weights
         )
 
     def fold(
@@ -178,7 +178,7 @@ class AverageVariables(tf.__internal__.tracking.Trackable):
             return self._fold(pairs, weight(), jit_compile)
 
         if first_is_copy:
-            folded = average_ops.either(counted == 0, lambda: average_ops.copy(pairs), fold)
+            folded = average_ops.either(self._is_empty(), lambda: average_ops.copy(pairs), fold)
         else:
             folded = average_ops.when(True, fold)
         with _after(folded):
@@ -189,6 +189,9 @@ class AverageVariables(tf.__internal__.tracking.Trackable):
         if self.num_averaged is None:
             return tf.zeros([], tf.int64)
         return average_ops.read(average_ops.components(self.num_averaged)[0])
+
+    def _is_empty(self) -> tf.Tensor:
+        return tf.equal(self.count(), 0)  # Not `==`: in graphs of TF 1 it compares objects.
 
     def are_swapped(self) -> tf.Tensor:
         """Whether averages and weights are exchanged now: scalar bool tensor."""
@@ -201,7 +204,7 @@ class AverageVariables(tf.__internal__.tracking.Trackable):
         """While nothing has been folded in, sets the averages to the current weights."""
         if not self:
             return None
-        fresh = tf.logical_and(self.count() == 0, tf.logical_not(self.are_swapped()))
+        fresh = tf.logical_and(self._is_empty(), tf.logical_not(self.are_swapped()))
         return average_ops.when(fresh, self._copy_weights)
 
     def _copy_weights(self) -> List[Optional[tf.Operation]]:

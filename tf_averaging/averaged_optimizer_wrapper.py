@@ -361,6 +361,7 @@ class AveragedOptimizerWrapper(tf_keras.optimizers.Optimizer):
           ValueError: if a list holds nothing that can be averaged.
         """
         if hasattr(type(model_or_variables), "trainable_variables"):
+            _check_not_keras_3(model_or_variables)
             self._followed_model = self._no_dependency(model_or_variables)
             self._create_averages([])
             return
@@ -409,7 +410,7 @@ class AveragedOptimizerWrapper(tf_keras.optimizers.Optimizer):
           tf.errors.InvalidArgumentError: if the weights are swapped.
         """
         self._check_has_averages("update_average")
-        if isinstance(weight, (int, float)) and not 0 <= weight <= 1:
+        if weight is not None and not tf.is_tensor(weight) and not 0 <= weight <= 1:
             raise ValueError(f"Expected `weight` from 0 to 1. Received: weight={weight}")
 
         def update():
@@ -695,7 +696,7 @@ class AveragedOptimizerWrapper(tf_keras.optimizers.Optimizer):
         """
         config = dict(config)
         config.pop("is_legacy_optimizer", None)
-        config["optimizer"] = inner_optimizers.from_config(config["optimizer"], custom_objects)
+        config["optimizer"] = inner_optimizers.deserialize(config["optimizer"], custom_objects)
         return cls(**config)
 
     @property
@@ -862,14 +863,23 @@ def _checked_pairs(grads_and_vars) -> list:
     return pairs
 
 
+def _check_not_keras_3(thing: object) -> None:
+    if any(cls.__module__.split(".")[0] == "keras" for cls in type(thing).__mro__):
+        raise TypeError(
+            "Expected a model or variables of TensorFlow or tf_keras. What comes from Keras 3, which "
+            "`tf.keras` is unless TF_USE_LEGACY_KERAS=1 is set before TensorFlow is imported, cannot be "
+            f"averaged. Received: {thing!r}"
+        )
+
+
 def _checked_variables(variables) -> list:
-    expected = "Expected a model or a list of variables of TensorFlow (tf_keras; not Keras 3)."
+    expected = "Expected a model or a list of variables."
     try:
         variables = list(variables)
     except TypeError as error:
         raise TypeError(f"{expected} Received: {variables!r}") from error
-    if any(type(v).__module__.startswith("keras.") for v in variables):
-        raise TypeError(f"{expected} Received: {variables!r}")
+    for variable in variables:
+        _check_not_keras_3(variable)
     return variables
 
 

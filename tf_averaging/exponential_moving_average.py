@@ -74,6 +74,11 @@ class ExponentialMovingAverage(averaged_optimizer_wrapper.AveragedOptimizerWrapp
         name: str = "ExponentialMovingAverage",
         **options,
     ):
+        if "start_averaging" in options:
+            raise TypeError(
+                "`start_averaging` goes by the name of `start_step` here. Received: "
+                f"start_averaging={options['start_averaging']!r}"
+            )
         start_step = averaged_optimizer_wrapper.checked_count("start_step", start_step, minimum=0)
         super().__init__(
             optimizer,

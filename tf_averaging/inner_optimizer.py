@@ -45,19 +45,16 @@ def get(identifier: Union[str, Dict[str, Any], Optimizer], **settings) -> Optimi
       ValueError: if a setting contradicts the optimizer's own, or the optimizer keeps its own average.
     """
     settings = {key: value for key, value in settings.items() if value is not None}
+    mentioned = set(SETTINGS)
     if isinstance(identifier, str):
         optimizer = tf_keras.optimizers.get(identifier)
-        own: Dict[str, Any] = {}
+        mentioned = set()
     elif isinstance(identifier, dict):
-        optimizer = tf_keras.optimizers.get(copy_containers(identifier))
-        own = dict(identifier.get("config", {}))
-        own["learning_rate"] = own.get("learning_rate", own.get("lr"))
+        optimizer = deserialize(identifier)
+        config = identifier.get("config", {})
+        mentioned = {"learning_rate" if key == "lr" else key for key in config}
     else:
-        _check_type(identifier)
         optimizer = identifier
-        own = {name: getattr(optimizer, name, None) for name in CLIPPING}
-        own["learning_rate"] = learning_rate_or_schedule(optimizer)
-        own["decay"] = getattr(optimizer, "_initial_decay", None)
     _check_type(optimizer)
     if getattr(optimizer, "use_ema", False):
         raise ValueError(
@@ -65,7 +62,15 @@ def get(identifier: Union[str, Dict[str, Any], Optimizer], **settings) -> Optimi
             "into the model at the end of `fit`. Expected an optimizer with `use_ema=False`: the "
             f"wrapper keeps the average. Received: {optimizer}"
         )
+    own = {name: value for name, value in _settings_of(optimizer).items() if name in mentioned}
     return _configure(optimizer, own, settings)
+
+
+def _settings_of(optimizer: Optimizer) -> Dict[str, Any]:
+    settings = {name: getattr(optimizer, name, None) for name in CLIPPING}
+    settings["learning_rate"] = learning_rate_or_schedule(optimizer)
+    settings["decay"] = getattr(optimizer, "_initial_decay", None)
+    return settings
 
 
 def _check_type(optimizer: object) -> None:
@@ -109,6 +114,8 @@ def _configure(optimizer: Optimizer, own: Dict[str, Any], settings: Dict[str, An
             f"decay={settings['decay']!r} and the inner optimizer {optimizer!r}"
         )
     for name, value in settings.items():
+        if name in CLIPPING and not value >= 0:
+            raise ValueError(f"Expected `{name}` >= 0. Received: {name}={value!r}")
         if own.get(name) is not None and not _same(own[name], value):
             raise ValueError(
                 f"`{name}` contradicts the inner optimizer's own. Expected {_shown(own[name])}, or no "
@@ -130,11 +137,11 @@ def _configure(optimizer: Optimizer, own: Dict[str, Any], settings: Dict[str, An
 
 
 def _same(own: Any, value: Any) -> bool:
-    if isinstance(own, tf.Variable):
-        own, value = own.numpy(), np.asarray(value, own.dtype.as_numpy_dtype)
     if isinstance(own, Schedule) and isinstance(value, Schedule):
         return own is value or (type(own) is type(value) and own.get_config() == value.get_config())
-    return bool(own == value)
+    if isinstance(own, Schedule) or isinstance(value, Schedule) or callable(own) or callable(value):
+        return own is value
+    return bool(np.float32(own) == np.float32(value))  # Keras keeps learning rates in float32.
 
 
 def _shown(value: Any) -> str:
@@ -159,11 +166,18 @@ def learning_rate_or_schedule(optimizer: Optimizer):
     return getattr(optimizer, "learning_rate" if is_legacy(optimizer) else "_learning_rate", None)
 
 
-def from_config(config: Any, custom_objects: Optional[Dict[str, Any]] = None) -> Optimizer:
-    """The optimizer that `tf_keras.optimizers.serialize` made `config` of; it is left as it is."""
+def deserialize(config: Any, custom_objects: Optional[Dict[str, Any]] = None) -> Optimizer:
+    """The optimizer that a config dict describes; the dict is left as it is.
+
+    `tf_keras.optimizers.deserialize` edits its argument, and does not know all of tf_keras's optimizers;
+    but it alone reads dicts without a module, of older versions.
+    """
     if not isinstance(config, dict):
         return config
-    return tf_keras.optimizers.deserialize(copy_containers(config), custom_objects=custom_objects)
+    config = copy_containers(config)
+    if "module" in config:
+        return tf_keras.saving.deserialize_keras_object(config, custom_objects=custom_objects)
+    return tf_keras.optimizers.deserialize(config, custom_objects=custom_objects, use_legacy_format=True)
 
 
 def build(optimizer: Optimizer, var_list: Sequence[tf.Variable]) -> None:

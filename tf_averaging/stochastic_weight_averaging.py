@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from typing import Any, Dict, Union
 
+import numpy as np
 import tensorflow as tf
 import tf_keras
 
@@ -74,7 +75,9 @@ class SWA(averaged_optimizer_wrapper.AveragedOptimizerWrapper):
             average_period=average_period,
             **options,
         )
-        self._sequential_update = sequential_update
+        if not isinstance(sequential_update, (bool, np.bool_)):
+            raise TypeError(f"Expected `sequential_update` to be a bool. Received: {sequential_update!r}")
+        self._sequential_update = bool(sequential_update)
 
     def averaging_weight(self, step: tf.Tensor) -> tf.Tensor:
         """1 / (number of snapshots, this one included)."""
