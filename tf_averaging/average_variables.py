@@ -67,6 +67,7 @@ class AverageVariables(tf.__internal__.tracking.Trackable):
         self._average_dtype = average_dtype
         self._fold = average_ops.Fold()
         self._slots: Dict[str, Slots] = {}
+        self._sharded_slots: Dict[tuple, tf.__internal__.distribute.ShardedVariable] = {}
         self._positions: Dict[tuple, list] = {}
         self._swap_function = None
         self.num_averaged: Optional[tf.Variable] = None
@@ -182,7 +183,10 @@ class AverageVariables(tf.__internal__.tracking.Trackable):
         else:
             folded = average_ops.when(True, fold)
         with _after(folded):
-            return [folded, *_set(self.num_averaged, counted + 1)]
+            one = tf.ones([], tf.int64)
+            return [folded] + [
+                average_ops.add(component, one) for component in average_ops.components(self.num_averaged)
+            ]
 
     def count(self) -> tf.Tensor:
         """How many updates the averages hold: scalar int64 tensor."""
@@ -286,9 +290,19 @@ class AverageVariables(tf.__internal__.tracking.Trackable):
 
     def get_slot(self, variable: tf.Variable, name: str) -> Optional[tf.Variable]:
         if isinstance(variable, tf.__internal__.distribute.ShardedVariable):
-            shards = [self.get_slot(shard, name) for shard in variable.variables]
-            return None if None in shards else tf.__internal__.distribute.ShardedVariable(shards)
+            return self._sharded_slot(variable, name)
         return getattr(self[variable], name)
+
+    def _sharded_slot(self, variable, name: str):
+        """The slots of all shards as one, so that a checkpoint does not depend on the sharding."""
+        shards = [self.get_slot(shard, name) for shard in variable.variables]
+        if any(shard is None for shard in shards):
+            return None
+        # Kept: a checkpoint asks later whether what it restored is still there.
+        key = (variable_key(variable), name)
+        if key not in self._sharded_slots:
+            self._sharded_slots[key] = tf.__internal__.distribute.ShardedVariable(shards)
+        return self._sharded_slots[key]
 
     def _create_or_restore_slot_variable(
         self, slot_variable_position, slot_name, variable, slot_variable_shape=None
@@ -297,12 +311,13 @@ class AverageVariables(tf.__internal__.tracking.Trackable):
         del slot_variable_shape  # Always the variable's.
         if slot_name not in self.SLOT_NAMES:
             return None
-        if variable not in self:
+        missing = [part for part in averageable([variable]) if part not in self]
+        if missing:
             if not tf.executing_eagerly():
                 key = (variable_key(variable), slot_name)
                 self._positions.setdefault(key, []).append(slot_variable_position)
                 return None
-            self.add([variable])
+            self.add(missing)
         return self.get_slot(variable, slot_name)
 
     def _restore_queued(self, variable: tf.Variable) -> None:
