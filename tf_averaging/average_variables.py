@@ -23,6 +23,9 @@ import tensorflow as tf
 
 from tf_averaging import average_ops
 
+# The value of `first_step` while `begin` has not been called.
+NOT_SET = -1
+
 SWAPPED_ERROR = (
     "The averages are in the model and the weights in the slots (`weights_swapped` is True), so a step "
     "now would train the averages. Call `swap_weights()` first, or evaluate inside "
@@ -69,8 +72,10 @@ class AverageVariables(tf.__internal__.tracking.Trackable):
         self._slots: Dict[str, Slots] = {}
         self._positions: Dict[tuple, list] = {}
         self._swap_function = None
+        self._first_step = NOT_SET
         self.num_averaged: Optional[tf.Variable] = None
         self.swapped: Optional[tf.Variable] = None
+        self.first_step: Optional[tf.Variable] = None
 
     # Creation and look-up.
 
@@ -90,12 +95,12 @@ class AverageVariables(tf.__internal__.tracking.Trackable):
             raise KeyError(f"Variable {getattr(variable, 'name', variable)!r} has no average.") from None
 
     def state(self) -> List[tf.Variable]:
-        """All variables: count, flag, averages, stashes."""
+        """All variables: count, flag, first step, averages, stashes."""
         if self.num_averaged is None:
             return []
         averages = [slots.average for slots in self]
         stashes = [slots.stash for slots in self if slots.stash is not None]
-        return [self.num_averaged, self.swapped] + averages + stashes
+        return [self.num_averaged, self.swapped, self.first_step] + averages + stashes
 
     def are_shared_by_replicas(self) -> bool:
         """Whether the replicas of the context have one set of averages between them."""
@@ -128,6 +133,10 @@ class AverageVariables(tf.__internal__.tracking.Trackable):
                 like, lambda: tf.zeros([0], tf.bool), "swapped", shape=tf.TensorShape([None])
             )
         self._track_trackable(self.swapped, "swapped")
+        self.first_step = _create_like(
+            like, lambda: tf.constant(self._first_step, tf.int64), "first_step"
+        )
+        self._track_trackable(self.first_step, "first_step")
 
     def _create_slots(self, variable: tf.Variable) -> Slots:
         weights = average_ops.all_components(variable)
@@ -183,6 +192,30 @@ class AverageVariables(tf.__internal__.tracking.Trackable):
             folded = average_ops.when(True, fold)
         with _after(folded):
             return [folded, *_set(self.num_averaged, counted + 1)]
+
+    def begin(self, step: int) -> None:
+        """Makes `step` the first one that is averaged. This is state: it is saved with the averages."""
+        self._first_step = step
+        if self.first_step is not None:
+            _set(self.first_step, tf.constant(step, tf.int64))
+
+    def begins_at(self, default: int) -> Union[int, tf.Tensor]:
+        """The step that `begin` got, here or before a checkpoint was written, else `default`.
+
+        Returns:
+          An int where it is known; in graphs that are built after `begin`, a scalar int64 tensor.
+        """
+        if self.first_step is None:
+            return default if self._first_step == NOT_SET else self._first_step
+        with tf.init_scope():
+            if tf.executing_eagerly():
+                value = int(average_ops.read(average_ops.all_components(self.first_step)[0]))
+                if value == NOT_SET:
+                    return default
+        if tf.executing_eagerly():
+            return value
+        first_step = average_ops.read(average_ops.components(self.first_step)[0])
+        return tf.where(first_step == NOT_SET, tf.constant(default, tf.int64), first_step)
 
     def count(self) -> tf.Tensor:
         """How many updates the averages hold: scalar int64 tensor."""

@@ -247,9 +247,10 @@ class AveragedOptimizerWrapper(tf_keras.optimizers.Optimizer):
         )
 
     def _is_due(self, step: tf.Tensor) -> Union[bool, tf.Tensor]:
-        if self._start_averaging == 0 and self._average_period == 1:
+        start = self.start_averaging
+        if isinstance(start, int) and start == 0 and self._average_period == 1:
             return True
-        since_start = step - self._start_averaging
+        since_start = step - start
         return tf.logical_and(since_start >= 0, tf.equal(since_start % self._average_period, 0))
 
     def _step(self) -> tf.Tensor:
@@ -394,6 +395,47 @@ class AveragedOptimizerWrapper(tf_keras.optimizers.Optimizer):
     def has_shadow_copy(self) -> bool:
         """Whether the averages have been created."""
         return len(self._averages) > 0
+
+    def begin_averaging(self, step: int) -> None:
+        """Makes `step` the first one that is averaged, in place of a `start_averaging` of 0.
+
+        For a start that is known only when training begins; `callbacks.SwapAverageWeights(begin_epoch=)`
+        calls it. The step is part of the optimizer's state, saved and restored with the averages, and
+        not of its config. The first call counts: a step that was set or restored before stays. It must
+        be called before the training step is traced.
+
+        >>> optimizer = tfav.SWA("sgd")
+        >>> optimizer.begin_averaging(300)
+        >>> optimizer.start_averaging
+        300
+
+        Args:
+          step: int >= 0, counted as `iterations` counts.
+
+        Raises:
+          TypeError: if `step` is not an int.
+          ValueError: if `step` is negative, if the constructor was given a start, or if averaging has
+            begun without this having been called.
+        """
+        step = checked_count("step", step, minimum=0)
+        if self._start_averaging:
+            raise ValueError(
+                f"The optimizer was given a start in steps already, {self._start_averaging}. Expected "
+                f"that or a start by epoch, not both. Received: step={step}"
+            )
+        if self.start_was_set:
+            return
+        if self.num_averaged > 0:
+            raise ValueError(
+                "Averaging has begun already, so its start cannot be moved. Expected an optimizer that "
+                f"has averaged nothing yet. Received: one with num_averaged={int(self.num_averaged)}"
+            )
+        self._averages.begin(step)
+
+    @property
+    def start_was_set(self) -> bool:
+        """Whether `begin_averaging` set the start, here or before the state was saved."""
+        return self._averages.begins_at(average_variables.NOT_SET) != average_variables.NOT_SET
 
     @_as_written
     def update_average(self, weight: Optional[float] = None):
@@ -705,9 +747,12 @@ class AveragedOptimizerWrapper(tf_keras.optimizers.Optimizer):
         return self._inner_optimizer
 
     @property
-    def start_averaging(self) -> int:
-        """The first step, counted from 0, on which an update is due."""
-        return self._start_averaging
+    def start_averaging(self) -> Union[int, tf.Tensor]:
+        """The first step, counted from 0, on which an update is due.
+
+        An int; in graphs that are built after `begin_averaging`, a scalar int64 tensor.
+        """
+        return self._averages.begins_at(self._start_averaging)
 
     @property
     def average_period(self) -> int:
