@@ -13,6 +13,7 @@
 # limitations under the License.
 """Weight averaging for TensorFlow: SWA and EMA as optimizer wrappers."""
 
+from tf_averaging import callbacks
 from tf_averaging import schedules
 from tf_averaging.averaged_optimizer_wrapper import AveragedOptimizerWrapper
 from tf_averaging.exponential_moving_average import ExponentialMovingAverage
@@ -21,4 +22,4 @@ from tf_averaging.version import VERSION
 
 __version__ = VERSION
 
-__all__ = ["SWA", "AveragedOptimizerWrapper", "ExponentialMovingAverage", "schedules"]
+__all__ = ["SWA", "AveragedOptimizerWrapper", "ExponentialMovingAverage", "callbacks", "schedules"]
