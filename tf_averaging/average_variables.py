@@ -39,12 +39,15 @@ class Slots:
 
     Attributes:
       variable: the model's.
+      kind: the slot's name in a checkpoint: `"average"`, or `"exchanged"` for a value that is exchanged
+        with the variable's, but that nothing is folded into.
       average: its average; while swapped, the weights.
       stash: None, or, where the average's dtype differs from the variable's, the place for the weights
         while swapped: they cannot pass through the average, nor it through them, without losing bits.
     """
 
     variable: tf.Variable
+    kind: str
     average: tf.Variable
     stash: Optional[tf.Variable]
 
@@ -64,7 +67,7 @@ class AverageVariables(tf.__internal__.tracking.Trackable):
       average_dtype: what `average_dtype_of` gets as `requested`.
     """
 
-    SLOT_NAMES = ("average", "stash")
+    SLOT_NAMES = ("average", "stash", "exchanged")
 
     def __init__(self, average_dtype: Optional[tf.DType] = None):
         self._average_dtype = average_dtype
@@ -95,10 +98,13 @@ class AverageVariables(tf.__internal__.tracking.Trackable):
             raise KeyError(f"Variable {getattr(variable, 'name', variable)!r} has no average.") from None
 
     def state(self) -> List[tf.Variable]:
-        """All variables: count, flag, first step, averages, stashes."""
+        """All variables but exchanged values: count, flag, first step, averages, stashes.
+
+        What files store by position must not depend on whether statistics were recomputed.
+        """
         if self.num_averaged is None:
             return []
-        averages = [slots.average for slots in self]
+        averages = [slots.average for slots in self if slots.kind == "average"]
         stashes = [slots.stash for slots in self if slots.stash is not None]
         return [self.num_averaged, self.swapped, self.first_step] + averages + stashes
 
@@ -106,8 +112,8 @@ class AverageVariables(tf.__internal__.tracking.Trackable):
         """Whether the replicas of the context have one set of averages between them."""
         return bool(self) and average_ops.is_shared_by_replicas(self.num_averaged)
 
-    def add(self, variables: Iterable[tf.Variable]) -> None:
-        """Gives an average, equal to its value now, to each variable that has none yet."""
+    def add(self, variables: Iterable[tf.Variable], kind: str = "average") -> None:
+        """Gives a slot of this kind, equal to its value now, to each variable that has none yet."""
         new = [variable for variable in variables if variable not in self]
         if not new:
             return
@@ -115,7 +121,7 @@ class AverageVariables(tf.__internal__.tracking.Trackable):
             if self.num_averaged is None:
                 self._create_state(new[0])
             for variable in new:
-                self._slots.setdefault(variable_key(variable), self._create_slots(variable))
+                self._slots.setdefault(variable_key(variable), self._create_slots(variable, kind))
             self._swap_function = None
             for variable in new:
                 self._restore_queued(variable)
@@ -138,10 +144,10 @@ class AverageVariables(tf.__internal__.tracking.Trackable):
         )
         self._track_trackable(self.first_step, "first_step")
 
-    def _create_slots(self, variable: tf.Variable) -> Slots:
+    def _create_slots(self, variable: tf.Variable, kind: str) -> Slots:
         weights = average_ops.all_components(variable)
         dtype = weights[0].dtype
-        average_dtype = average_dtype_of(dtype, self._average_dtype)
+        average_dtype = average_dtype_of(dtype, self._average_dtype) if kind == "average" else dtype
         average = _create_slot(variable, average_dtype, "average")
         stash = None if average_dtype == dtype else _create_slot(variable, dtype, "stash")
         # Each replica's average starts from the replica's own value, which an on-read variable does
@@ -149,7 +155,7 @@ class AverageVariables(tf.__internal__.tracking.Trackable):
         for slot in (average, stash):
             if slot is not None and tf.executing_eagerly():
                 average_ops.copy(list(zip(average_ops.all_components(slot), weights)))
-        return Slots(variable, average, stash)
+        return Slots(variable, kind, average, stash)
 
     # Arithmetic. Every method works on the components that the context may touch.
 
@@ -178,7 +184,7 @@ class AverageVariables(tf.__internal__.tracking.Trackable):
         Returns:
           The operations that must run.
         """
-        pairs = [pair for slots in self for pair in _pairs(slots.average, slots.variable)]
+        pairs = self._folded_pairs()
         counted = self.count()
 
         def fold():
@@ -241,9 +247,15 @@ class AverageVariables(tf.__internal__.tracking.Trackable):
         return average_ops.when(fresh, self._copy_weights)
 
     def _copy_weights(self) -> List[Optional[tf.Operation]]:
-        return average_ops.copy(
-            [pair for slots in self for pair in _pairs(slots.average, slots.variable)]
-        )
+        return average_ops.copy(self._folded_pairs())
+
+    def _folded_pairs(self) -> List[average_ops.Pair]:
+        return [
+            pair
+            for slots in self
+            if slots.kind == "average"
+            for pair in _pairs(slots.average, slots.variable)
+        ]
 
     def check_training(self) -> Optional[tf.Operation]:
         """Fails when it runs while swapped; a step must depend on the operation that it returns.
@@ -321,7 +333,10 @@ class AverageVariables(tf.__internal__.tracking.Trackable):
         if isinstance(variable, tf.__internal__.distribute.ShardedVariable):
             shards = [self.get_slot(shard, name) for shard in variable.variables]
             return None if None in shards else tf.__internal__.distribute.ShardedVariable(shards)
-        return getattr(self[variable], name)
+        slots = self[variable]
+        if name == "stash":
+            return slots.stash
+        return slots.average if name == slots.kind else None
 
     def _create_or_restore_slot_variable(
         self, slot_variable_position, slot_name, variable, slot_variable_shape=None
@@ -335,7 +350,7 @@ class AverageVariables(tf.__internal__.tracking.Trackable):
                 key = (variable_key(variable), slot_name)
                 self._positions.setdefault(key, []).append(slot_variable_position)
                 return None
-            self.add([variable])
+            self.add([variable], "exchanged" if slot_name == "exchanged" else "average")
         return self.get_slot(variable, slot_name)
 
     def _restore_queued(self, variable: tf.Variable) -> None:

@@ -376,6 +376,19 @@ class AveragedOptimizerWrapper(tf_keras.optimizers.Optimizer):
         self._has_fixed_set = True
         self._averages.add(chosen)
 
+    def exchange_too(self, variables: Sequence[tf.Variable]) -> None:
+        """Gives variables that are not averaged a value of their own for while the weights are swapped.
+
+        `swap_weights` exchanges the two values, and nothing is folded into either: statistics that were
+        recomputed for the averages stay with the averages. `update_batch_norm` calls it. Variables that
+        have an average are left alone.
+
+        Args:
+          variables: floating-point variables of the model. What they hold now is kept as the value that
+            goes with the weights if the weights are swapped now, else with the averages.
+        """
+        self._averages.add(average_variables.averageable(_checked_variables(variables)), "exchanged")
+
     def _create_averages(self, trained: Sequence[tf.Variable]) -> None:
         """Creates the averages that are missing, of the variables trained and of the model followed."""
         if self._has_fixed_set:
@@ -591,7 +604,8 @@ class AveragedOptimizerWrapper(tf_keras.optimizers.Optimizer):
         """
         if slot_name == "average":
             self._refresh()
-            return self._averages.get_slot(var, slot_name)
+            average = self._averages.get_slot(var, "average")
+            return self._averages.get_slot(var, "exchanged") if average is None else average
         if not inner_optimizers.is_legacy(self._inner_optimizer):
             raise KeyError(
                 f"Expected 'average': a current-generation inner optimizer has no slots by name. "
@@ -983,3 +997,17 @@ def _checked_average_dtype(value) -> Optional[tf.DType]:
 def _check_jit_compile(value) -> None:
     if not isinstance(value, bool) and value != "auto":
         raise ValueError(f'Expected `jit_compile` to be a bool or "auto". Received: {value!r}')
+
+
+def averaging_optimizer(optimizer: object) -> Optional[AveragedOptimizerWrapper]:
+    """The outermost averaging optimizer in `optimizer`, which a LossScaleOptimizer say may be around.
+
+    Args:
+      optimizer: an optimizer, or None.
+
+    Returns:
+      The averaging optimizer, None if there is none.
+    """
+    while optimizer is not None and not isinstance(optimizer, AveragedOptimizerWrapper):
+        optimizer = getattr(optimizer, "inner_optimizer", None)
+    return optimizer
