@@ -86,7 +86,7 @@ class SwapAverageWeights(tf_keras.callbacks.Callback):
     @property
     def optimizer(self) -> averaged_optimizer_wrapper.AveragedOptimizerWrapper:
         """The model's averaging optimizer."""
-        return averaging_optimizer(self.model)
+        return _averaging_optimizer(self.model)
 
     def set_params(self, params: Dict[str, Any]) -> None:
         """Keeps the parameters of `fit`, and leaves a note in them for `AverageModelCheckpoint`."""
@@ -265,7 +265,7 @@ class AverageModelCheckpoint(tf_keras.callbacks.ModelCheckpoint):
 
     def on_train_begin(self, logs=None):
         """Creates the averages."""
-        averaging_optimizer(self.model).shadow_copy(self.model)
+        _averaging_optimizer(self.model).shadow_copy(self.model)
         if self.update_weights and self.params and self.params.get("swap_on_epoch"):
             raise ValueError(
                 "With `SwapAverageWeights(swap_on_epoch=True)` the averages are in the model when it is "
@@ -276,7 +276,7 @@ class AverageModelCheckpoint(tf_keras.callbacks.ModelCheckpoint):
 
     def _save_handler(self, filepath):
         # What ModelCheckpoint calls when it has decided to write a file.
-        optimizer = averaging_optimizer(self.model)
+        optimizer = _averaging_optimizer(self.model)
         if not optimizer.has_shadow_copy:  # The averages are the weights still.
             super()._save_handler(filepath)
         elif self.update_weights and not optimizer.weights_swapped:
@@ -287,7 +287,7 @@ class AverageModelCheckpoint(tf_keras.callbacks.ModelCheckpoint):
                 super()._save_handler(filepath)
 
 
-def averaging_optimizer(
+def _averaging_optimizer(
     model: tf_keras.Model,
 ) -> averaged_optimizer_wrapper.AveragedOptimizerWrapper:
     """The outermost averaging optimizer of a compiled model, under a LossScaleOptimizer say.
@@ -298,11 +298,10 @@ def averaging_optimizer(
     Raises:
       ValueError: if there is none.
     """
-    optimizer = compiled = getattr(model, "optimizer", None)
-    while optimizer is not None:
-        if isinstance(optimizer, averaged_optimizer_wrapper.AveragedOptimizerWrapper):
-            return optimizer
-        optimizer = getattr(optimizer, "inner_optimizer", None)
+    compiled = getattr(model, "optimizer", None)
+    optimizer = averaged_optimizer_wrapper.averaging_optimizer(compiled)
+    if optimizer is not None:
+        return optimizer
     raise ValueError(
         "The model's optimizer keeps no averages. Expected one that does around the optimizer that "
         "trains: `model.compile(tf_averaging.ExponentialMovingAverage(optimizer), ...)` or "
