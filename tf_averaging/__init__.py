@@ -15,6 +15,7 @@
 
 from tf_averaging import callbacks
 from tf_averaging import schedules
+from tf_averaging.averaged_model import averaged_model
 from tf_averaging.averaged_optimizer_wrapper import AveragedOptimizerWrapper
 from tf_averaging.batch_norm import update_batch_norm
 from tf_averaging.exponential_moving_average import ExponentialMovingAverage
@@ -27,6 +28,7 @@ __all__ = [
     "SWA",
     "AveragedOptimizerWrapper",
     "ExponentialMovingAverage",
+    "averaged_model",
     "callbacks",
     "schedules",
     "update_batch_norm",
