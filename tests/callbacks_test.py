@@ -496,6 +496,21 @@ def test_start_beyond_the_training_is_a_warning(warnings, start, warned):
     )
 
 
+def test_model_loaded_without_averages_is_a_warning(warnings, tmp_path):
+    """The averages start from what was loaded."""
+    plain = compiled(optimizer=tf_keras.optimizers.SGD(0.1))
+    plain.fit(X, Y, **FIT)
+    plain.save(tmp_path / "plain.keras")
+    loaded = tf_keras.models.load_model(tmp_path / "plain.keras")
+    weights = trainable(loaded)
+    optimizer = tfav.ExponentialMovingAverage(loaded.optimizer, average_decay=1.0, dynamic_decay=False)
+    loaded.compile(optimizer, "mse")
+    loaded.fit(X, Y, callbacks=[tfav.callbacks.SwapAverageWeights(swap_on_epoch=True)], **FIT)
+    assert len(warnings) == 1
+    assert warnings[0].startswith(f"After {EPOCH} steps, averaging having started at step 0, the opt")
+    assert same(trainable(loaded), weights)  # A decay of 1 keeps what the averages started from.
+
+
 class TestErrors:
     @pytest.mark.parametrize("optimizer", ["sgd", tf_keras.optimizers.legacy.Adam()])
     @pytest.mark.parametrize(

@@ -197,6 +197,13 @@ class SwapAverageWeights(tf_keras.callbacks.Callback):
                 optimizer.begin_averaging(step + max(self.begin_epoch - epoch, 0) * steps)
             self.model.make_train_function(force=True)  # One traced before may know another start.
         start = optimizer.start_averaging
+        if optimizer.num_averaged == 0 and step > start:
+            logging.warning(
+                "After %d steps, averaging having started at step %d, the optimizer holds no averages, "
+                "as after loading a model without them. They start from the weights as they are now.",
+                step,
+                start,
+            )
         if steps is not None and start >= step + (self.params["epochs"] - epoch) * steps:
             logging.warning(
                 "Nothing will be averaged: averaging starts at step %d, and this training ends before "
