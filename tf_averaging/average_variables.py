@@ -23,6 +23,9 @@ import tensorflow as tf
 
 from tf_averaging import average_ops
 
+# The value of `first_step` while `begin` has not been called.
+NOT_SET = -1
+
 SWAPPED_ERROR = (
     "The averages are in the model and the weights in the slots (`weights_swapped` is True), so a step "
     "now would train the averages. Call `swap_weights()` first, or evaluate inside "
@@ -36,12 +39,15 @@ class Slots:
 
     Attributes:
       variable: the model's.
+      kind: the slot's name in a checkpoint: `"average"`, or `"exchanged"` for a value that is exchanged
+        with the variable's, but that nothing is folded into.
       average: its average; while swapped, the weights.
       stash: None, or, where the average's dtype differs from the variable's, the place for the weights
         while swapped: they cannot pass through the average, nor it through them, without losing bits.
     """
 
     variable: tf.Variable
+    kind: str
     average: tf.Variable
     stash: Optional[tf.Variable]
 
@@ -61,7 +67,7 @@ class AverageVariables(tf.__internal__.tracking.Trackable):
       average_dtype: what `average_dtype_of` gets as `requested`.
     """
 
-    SLOT_NAMES = ("average", "stash")
+    SLOT_NAMES = ("average", "stash", "exchanged")
 
     def __init__(self, average_dtype: Optional[tf.DType] = None):
         self._average_dtype = average_dtype
@@ -70,8 +76,10 @@ class AverageVariables(tf.__internal__.tracking.Trackable):
         self._sharded_slots: Dict[tuple, tf.__internal__.distribute.ShardedVariable] = {}
         self._positions: Dict[tuple, list] = {}
         self._swap_function = None
+        self._first_step = NOT_SET
         self.num_averaged: Optional[tf.Variable] = None
         self.swapped: Optional[tf.Variable] = None
+        self.first_step: Optional[tf.Variable] = None
 
     # Creation and look-up.
 
@@ -91,19 +99,22 @@ class AverageVariables(tf.__internal__.tracking.Trackable):
             raise KeyError(f"Variable {getattr(variable, 'name', variable)!r} has no average.") from None
 
     def state(self) -> List[tf.Variable]:
-        """All variables: count, flag, averages, stashes."""
+        """All variables but exchanged values: count, flag, first step, averages, stashes.
+
+        What files store by position must not depend on whether statistics were recomputed.
+        """
         if self.num_averaged is None:
             return []
-        averages = [slots.average for slots in self]
+        averages = [slots.average for slots in self if slots.kind == "average"]
         stashes = [slots.stash for slots in self if slots.stash is not None]
-        return [self.num_averaged, self.swapped] + averages + stashes
+        return [self.num_averaged, self.swapped, self.first_step] + averages + stashes
 
     def are_shared_by_replicas(self) -> bool:
         """Whether the replicas of the context have one set of averages between them."""
         return bool(self) and average_ops.is_shared_by_replicas(self.num_averaged)
 
-    def add(self, variables: Iterable[tf.Variable]) -> None:
-        """Gives an average, equal to its value now, to each variable that has none yet."""
+    def add(self, variables: Iterable[tf.Variable], kind: str = "average") -> None:
+        """Gives a slot of this kind, equal to its value now, to each variable that has none yet."""
         new = [variable for variable in variables if variable not in self]
         if not new:
             return
@@ -111,7 +122,7 @@ class AverageVariables(tf.__internal__.tracking.Trackable):
             if self.num_averaged is None:
                 self._create_state(new[0])
             for variable in new:
-                self._slots.setdefault(variable_key(variable), self._create_slots(variable))
+                self._slots.setdefault(variable_key(variable), self._create_slots(variable, kind))
             self._swap_function = None
             for variable in new:
                 self._restore_queued(variable)
@@ -129,11 +140,15 @@ class AverageVariables(tf.__internal__.tracking.Trackable):
                 like, lambda: tf.zeros([0], tf.bool), "swapped", shape=tf.TensorShape([None])
             )
         self._track_trackable(self.swapped, "swapped")
+        self.first_step = _create_like(
+            like, lambda: tf.constant(self._first_step, tf.int64), "first_step"
+        )
+        self._track_trackable(self.first_step, "first_step")
 
-    def _create_slots(self, variable: tf.Variable) -> Slots:
+    def _create_slots(self, variable: tf.Variable, kind: str) -> Slots:
         weights = average_ops.all_components(variable)
         dtype = weights[0].dtype
-        average_dtype = average_dtype_of(dtype, self._average_dtype)
+        average_dtype = average_dtype_of(dtype, self._average_dtype) if kind == "average" else dtype
         average = _create_slot(variable, average_dtype, "average")
         stash = None if average_dtype == dtype else _create_slot(variable, dtype, "stash")
         # Each replica's average starts from the replica's own value, which an on-read variable does
@@ -141,7 +156,7 @@ class AverageVariables(tf.__internal__.tracking.Trackable):
         for slot in (average, stash):
             if slot is not None and tf.executing_eagerly():
                 average_ops.copy(list(zip(average_ops.all_components(slot), weights)))
-        return Slots(variable, average, stash)
+        return Slots(variable, kind, average, stash)
 
     # Arithmetic. Every method works on the components that the context may touch.
 
@@ -170,8 +185,7 @@ class AverageVariables(tf.__internal__.tracking.Trackable):
         Returns:
           The operations that must run.
         """
-        pairs = [pair for slots in self for pair in _pairs(slots.average, slots.variable)]
-        counted = self.count()
+        pairs = self._folded_pairs()
 
         def fold():
             if average_op is not None:
@@ -187,6 +201,30 @@ class AverageVariables(tf.__internal__.tracking.Trackable):
             return [folded] + [
                 average_ops.add(component, one) for component in average_ops.components(self.num_averaged)
             ]
+
+    def begin(self, step: int) -> None:
+        """Makes `step` the first one that is averaged. This is state: it is saved with the averages."""
+        self._first_step = step
+        if self.first_step is not None:
+            _set(self.first_step, tf.constant(step, tf.int64))
+
+    def begins_at(self, default: int) -> Union[int, tf.Tensor]:
+        """The step that `begin` got, here or before a checkpoint was written, else `default`.
+
+        Returns:
+          An int where it is known; in graphs that are built after `begin`, a scalar int64 tensor.
+        """
+        if self.first_step is None:
+            return default if self._first_step == NOT_SET else self._first_step
+        with tf.init_scope():
+            if tf.executing_eagerly():
+                value = int(average_ops.read(average_ops.all_components(self.first_step)[0]))
+                if value == NOT_SET:
+                    return default
+        if tf.executing_eagerly():
+            return value
+        first_step = average_ops.read(average_ops.components(self.first_step)[0])
+        return tf.where(tf.equal(first_step, NOT_SET), tf.constant(default, tf.int64), first_step)
 
     def count(self) -> tf.Tensor:
         """How many updates the averages hold: scalar int64 tensor."""
@@ -212,9 +250,15 @@ class AverageVariables(tf.__internal__.tracking.Trackable):
         return average_ops.when(fresh, self._copy_weights)
 
     def _copy_weights(self) -> List[Optional[tf.Operation]]:
-        return average_ops.copy(
-            [pair for slots in self for pair in _pairs(slots.average, slots.variable)]
-        )
+        return average_ops.copy(self._folded_pairs())
+
+    def _folded_pairs(self) -> List[average_ops.Pair]:
+        return [
+            pair
+            for slots in self
+            if slots.kind == "average"
+            for pair in _pairs(slots.average, slots.variable)
+        ]
 
     def check_training(self) -> Optional[tf.Operation]:
         """Fails when it runs while swapped; a step must depend on the operation that it returns.
@@ -291,7 +335,10 @@ class AverageVariables(tf.__internal__.tracking.Trackable):
     def get_slot(self, variable: tf.Variable, name: str) -> Optional[tf.Variable]:
         if isinstance(variable, tf.__internal__.distribute.ShardedVariable):
             return self._sharded_slot(variable, name)
-        return getattr(self[variable], name)
+        slots = self[variable]
+        if name == "stash":
+            return slots.stash
+        return slots.average if name == slots.kind else None
 
     def _sharded_slot(self, variable, name: str):
         """The slots of all shards as one, so that a checkpoint does not depend on the sharding."""
@@ -317,7 +364,7 @@ class AverageVariables(tf.__internal__.tracking.Trackable):
                 key = (variable_key(variable), slot_name)
                 self._positions.setdefault(key, []).append(slot_variable_position)
                 return None
-            self.add(missing)
+            self.add(missing, "exchanged" if slot_name == "exchanged" else "average")
         return self.get_slot(variable, slot_name)
 
     def _restore_queued(self, variable: tf.Variable) -> None:

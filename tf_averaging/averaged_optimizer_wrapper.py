@@ -247,9 +247,10 @@ class AveragedOptimizerWrapper(tf_keras.optimizers.Optimizer):
         )
 
     def _is_due(self, step: tf.Tensor) -> Union[bool, tf.Tensor]:
-        if self._start_averaging == 0 and self._average_period == 1:
+        start = self.start_averaging
+        if isinstance(start, int) and start == 0 and self._average_period == 1:
             return True
-        since_start = step - self._start_averaging
+        since_start = step - start
         return tf.logical_and(since_start >= 0, tf.equal(since_start % self._average_period, 0))
 
     def _step(self) -> tf.Tensor:
@@ -375,6 +376,19 @@ class AveragedOptimizerWrapper(tf_keras.optimizers.Optimizer):
         self._has_fixed_set = True
         self._averages.add(chosen)
 
+    def exchange_too(self, variables: Sequence[tf.Variable]) -> None:
+        """Gives variables that are not averaged a value of their own for while the weights are swapped.
+
+        `swap_weights` exchanges the two values, and nothing is folded into either: statistics that were
+        recomputed for the averages stay with the averages. `update_batch_norm` calls it. Variables that
+        have an average are left alone.
+
+        Args:
+          variables: floating-point variables of the model. What they hold now is kept as the value that
+            goes with the weights if the weights are swapped now, else with the averages.
+        """
+        self._averages.add(average_variables.averageable(_checked_variables(variables)), "exchanged")
+
     def _create_averages(self, trained: Sequence[tf.Variable]) -> None:
         """Creates the averages that are missing, of the variables trained and of the model followed."""
         if self._has_fixed_set:
@@ -394,6 +408,47 @@ class AveragedOptimizerWrapper(tf_keras.optimizers.Optimizer):
     def has_shadow_copy(self) -> bool:
         """Whether the averages have been created."""
         return len(self._averages) > 0
+
+    def begin_averaging(self, step: int) -> None:
+        """Makes `step` the first one that is averaged, in place of a `start_averaging` of 0.
+
+        For a start that is known only when training begins; `callbacks.SwapAverageWeights(begin_epoch=)`
+        calls it. The step is part of the optimizer's state, saved and restored with the averages, and
+        not of its config. The first call counts: a step that was set or restored before stays. It must
+        be called before the training step is traced.
+
+        >>> optimizer = tfav.SWA("sgd")
+        >>> optimizer.begin_averaging(300)
+        >>> optimizer.start_averaging
+        300
+
+        Args:
+          step: int >= 0, counted as `iterations` counts.
+
+        Raises:
+          TypeError: if `step` is not an int.
+          ValueError: if `step` is negative, if the constructor was given a start, or if averaging has
+            begun without this having been called.
+        """
+        step = checked_count("step", step, minimum=0)
+        if self._start_averaging:
+            raise ValueError(
+                f"The optimizer was given a start in steps already, {self._start_averaging}. Expected "
+                f"that or a start by epoch, not both. Received: step={step}"
+            )
+        if self.start_was_set:
+            return
+        if self.num_averaged > 0:
+            raise ValueError(
+                "Averaging has begun already, so its start cannot be moved. Expected an optimizer that "
+                f"has averaged nothing yet. Received: one with num_averaged={int(self.num_averaged)}"
+            )
+        self._averages.begin(step)
+
+    @property
+    def start_was_set(self) -> bool:
+        """Whether `begin_averaging` set the start, here or before the state was saved."""
+        return self._averages.begins_at(average_variables.NOT_SET) != average_variables.NOT_SET
 
     @_as_written
     def update_average(self, weight: Optional[float] = None):
@@ -549,7 +604,8 @@ class AveragedOptimizerWrapper(tf_keras.optimizers.Optimizer):
         """
         if slot_name == "average":
             self._refresh()
-            return self._averages.get_slot(var, slot_name)
+            average = self._averages.get_slot(var, "average")
+            return self._averages.get_slot(var, "exchanged") if average is None else average
         if not inner_optimizers.is_legacy(self._inner_optimizer):
             raise KeyError(
                 f"Expected 'average': a current-generation inner optimizer has no slots by name. "
@@ -705,9 +761,12 @@ class AveragedOptimizerWrapper(tf_keras.optimizers.Optimizer):
         return self._inner_optimizer
 
     @property
-    def start_averaging(self) -> int:
-        """The first step, counted from 0, on which an update is due."""
-        return self._start_averaging
+    def start_averaging(self) -> Union[int, tf.Tensor]:
+        """The first step, counted from 0, on which an update is due.
+
+        An int; in graphs that are built after `begin_averaging`, a scalar int64 tensor.
+        """
+        return self._averages.begins_at(self._start_averaging)
 
     @property
     def average_period(self) -> int:
@@ -938,3 +997,17 @@ def _checked_average_dtype(value) -> Optional[tf.DType]:
 def _check_jit_compile(value) -> None:
     if not isinstance(value, bool) and value != "auto":
         raise ValueError(f'Expected `jit_compile` to be a bool or "auto". Received: {value!r}')
+
+
+def averaging_optimizer(optimizer: object) -> Optional[AveragedOptimizerWrapper]:
+    """The outermost averaging optimizer in `optimizer`, which a LossScaleOptimizer say may be around.
+
+    Args:
+      optimizer: an optimizer, or None.
+
+    Returns:
+      The averaging optimizer, None if there is none.
+    """
+    while optimizer is not None and not isinstance(optimizer, AveragedOptimizerWrapper):
+        optimizer = getattr(optimizer, "inner_optimizer", None)
+    return optimizer
