@@ -174,10 +174,16 @@ def deserialize(config: Any, custom_objects: Optional[Dict[str, Any]] = None) ->
     """
     if not isinstance(config, dict):
         return config
-    config = copy_containers(config)
-    if "module" in config:
-        return tf_keras.saving.deserialize_keras_object(config, custom_objects=custom_objects)
-    return tf_keras.optimizers.deserialize(config, custom_objects=custom_objects, use_legacy_format=True)
+    if "module" not in config:
+        return tf_keras.optimizers.deserialize(
+            copy_containers(config), custom_objects=custom_objects, use_legacy_format=True
+        )
+    try:
+        return tf_keras.saving.deserialize_keras_object(
+            copy_containers(config), custom_objects=custom_objects
+        )
+    except ValueError:  # While a .h5 file is loaded it knows custom objects only.
+        return tf_keras.optimizers.deserialize(copy_containers(config), custom_objects=custom_objects)
 
 
 def build(optimizer: Optimizer, var_list: Sequence[tf.Variable]) -> None:
