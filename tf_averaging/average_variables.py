@@ -171,7 +171,6 @@ class AverageVariables(tf.__internal__.tracking.Trackable):
           The operations that must run.
         """
         pairs = [pair for slots in self for pair in _pairs(slots.average, slots.variable)]
-        counted = self.count()
 
         def fold():
             if average_op is not None:
