@@ -214,17 +214,17 @@ class AverageVariables(tf.__internal__.tracking.Trackable):
         Returns:
           An int where it is known; in graphs that are built after `begin`, a scalar int64 tensor.
         """
-        if self.first_step is None:
-            return default if self._first_step == NOT_SET else self._first_step
+        first_step = self._first_step
         with tf.init_scope():
-            if tf.executing_eagerly():
-                value = int(average_ops.read(average_ops.all_components(self.first_step)[0]))
-                if value == NOT_SET:
-                    return default
-        if tf.executing_eagerly():
-            return value
-        first_step = average_ops.read(average_ops.components(self.first_step)[0])
-        return tf.where(tf.equal(first_step, NOT_SET), tf.constant(default, tf.int64), first_step)
+            # In graphs of TF 1 nobody can look while they are built: what was said here counts.
+            can_look = tf.executing_eagerly() and self.first_step is not None
+            if can_look:
+                first_step = int(average_ops.read(average_ops.all_components(self.first_step)[0]))
+        if first_step == NOT_SET:
+            return default
+        if tf.executing_eagerly() or not can_look:
+            return first_step
+        return average_ops.read(average_ops.components(self.first_step)[0])
 
     def count(self) -> tf.Tensor:
         """How many updates the averages hold: scalar int64 tensor."""

@@ -223,7 +223,8 @@ class AveragedOptimizerWrapper(tf_keras.optimizers.Optimizer):
             )
         step = self._step()
         due = self._is_due(step)
-        with _after(self._averages.check_training()):
+        # The step is read before the inner optimizer counts it, in graphs of TF 1 too.
+        with _after(step), _after(self._averages.check_training()):
             started = None
             if not self._first_update_is_copy:
                 started = self._once(lambda: self._averages.start(due))
