@@ -249,6 +249,18 @@ class AverageVariables(tf.__internal__.tracking.Trackable):
         fresh = tf.logical_and(self._is_empty(), tf.logical_not(self.are_swapped()))
         return average_ops.when(fresh, self._copy_weights)
 
+    def read(self, variable: tf.Variable) -> tf.Tensor:
+        """The average of `variable`, wherever it is now: in its slot, or while swapped in the model."""
+        slots = self[variable]
+        with _after(self.refresh()):
+            if slots.stash is not None:
+                return tf.convert_to_tensor(slots.average)
+            return tf.cond(
+                self.are_swapped(),
+                lambda: tf.convert_to_tensor(slots.variable),
+                lambda: tf.convert_to_tensor(slots.average),
+            )
+
     def _copy_weights(self) -> List[Optional[tf.Operation]]:
         return average_ops.copy(self._folded_pairs())
 

@@ -555,6 +555,28 @@ class AveragedOptimizerWrapper(tf_keras.optimizers.Optimizer):
         swapped = self._averages.are_swapped()
         return bool(swapped) if tf.executing_eagerly() else swapped
 
+    def get_average(self, var: tf.Variable) -> tf.Tensor:
+        """The average of `var`, whether the weights are swapped or not.
+
+        >>> weight = tf.Variable(2.0)
+        >>> optimizer = tfav.SWA(tf_keras.optimizers.SGD(1.0), 0, 1)
+        >>> for _ in range(2):
+        ...     _ = optimizer.apply_gradients([(tf.constant(0.5), weight)])
+        >>> with optimizer.swapped_weights():
+        ...     print(optimizer.get_average(weight).numpy())
+        1.25
+
+        Args:
+          var: a variable of the model.
+
+        Returns:
+          A tensor shaped like `var`, in the average's dtype.
+
+        Raises:
+          KeyError: if `var` has no average.
+        """
+        return self._averages.read(var)
+
     @property
     def num_averaged(self) -> tf.Tensor:
         """How many updates the averages hold: scalar int64 tensor."""
@@ -608,7 +630,8 @@ class AveragedOptimizerWrapper(tf_keras.optimizers.Optimizer):
     def get_slot(self, var: tf.Variable, slot_name: str) -> tf.Variable:
         """The slot variable of `var`: its average, or a slot of a legacy inner optimizer.
 
-        While the weights are swapped, the variable returned for `"average"` holds the weights.
+        While the weights are swapped, the variable returned for `"average"` holds the weights;
+        `get_average` reads the average in either case.
 
         Args:
           var: a variable of the model.
