@@ -431,6 +431,19 @@ class TestBeginEpoch:
             assert model.optimizer.start_averaging == 2 * EPOCH
             assert model.optimizer.num_averaged == (trained + 4 - 2) * EPOCH
 
+    def test_checkpoint_loaded_after_a_step_to_build_the_model(self, tmp_path):
+        """The function traced for that step knows no start; `fit` traces another."""
+        model = compiled()
+        model.optimizer.begin_averaging(2 * EPOCH)
+        model.fit(X, Y, **FIT)
+        model.save_weights(tmp_path / "checkpoint")
+        model = compiled()
+        model.fit(X[:8], Y[:8], **FIT)
+        model.load_weights(tmp_path / "checkpoint")
+        swap = tfav.callbacks.SwapAverageWeights(begin_epoch=2)
+        model.fit(X, Y, initial_epoch=1, epochs=3, callbacks=[swap], **FIT)
+        assert model.optimizer.num_averaged == EPOCH
+
     def test_fit_again_goes_on(self):
         model = compiled()
         callbacks = [tfav.callbacks.SwapAverageWeights(begin_epoch=1)]
