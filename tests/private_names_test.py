@@ -26,6 +26,12 @@ def test_unique_id_tells_variables_apart():
     assert first._unique_id != second._unique_id
 
 
+def test_sharded_variable_goes_by_the_id_of_its_first_shard():
+    shards = [tf.Variable([1.0]), tf.Variable([2.0])]
+    whole = tf.__internal__.distribute.ShardedVariable(shards)
+    assert average_variables.variable_key(whole) == average_variables.variable_key(shards[0])
+
+
 def test_distributed_container_leads_from_a_component_to_the_whole(mirrored_strategy):
     with mirrored_strategy.scope():
         variable = tf.Variable(1.0)

@@ -52,7 +52,7 @@ def run(checks: Iterable[Callable], strategy: tf.distribute.Strategy, keep_going
         print(f"[running] {check.__name__}")
         try:
             check(strategy)
-        except Exception:
+        except (Exception, pytest.fail.Exception):
             traceback.print_exc()
             print(f"[failed] {check.__name__}")
             if not keep_going:

@@ -15,6 +15,7 @@
 
 import checks
 import numpy as np
+import pytest
 import tensorflow as tf
 import tf_keras
 
@@ -53,7 +54,7 @@ def test_each_device_folds_its_own_variables():
     model.compile(optimizer, "mse")
     recorded = [model.get_weights()]
     for x, y in zip(checks.X, checks.Y):
-        model.train_on_batch(x, y)
+        model.fit(x, y, batch_size=checks.BATCH, verbose=0)
         recorded.append(model.get_weights())
     devices = []
     for index, variable in enumerate(model.trainable_variables):
@@ -74,5 +75,9 @@ def test_each_device_folds_its_own_variables():
     with optimizer.swapped_weights():
         for variable, value in zip(model.trainable_variables, weights):
             assert not np.array_equal(variable.numpy(), value)
+        state = checks.all_bits(model.variables, optimizer.variables)
+        with pytest.raises(tf.errors.InvalidArgumentError, match=checks.GUARD):
+            model.fit(checks.X[0], checks.Y[0], verbose=0)
+        assert checks.all_bits(model.variables, optimizer.variables) == state
     for variable, value in zip(model.trainable_variables, weights):
         np.testing.assert_array_equal(variable.numpy(), value)
