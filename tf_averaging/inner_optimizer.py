@@ -15,6 +15,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from typing import Any, Dict, List, Optional, Sequence, Union
 
@@ -213,8 +214,25 @@ def compute_gradients(optimizer: Optimizer, loss, var_list, tape) -> list:
     return optimizer.compute_gradients(loss, var_list, tape=tape)
 
 
-def state(optimizer: Optimizer) -> List[tf.Variable]:
-    """All variables of the optimizer, iterations first."""
+def state(optimizer: Optimizer, trained: Sequence[tf.Variable] = ()) -> List[tf.Variable]:
+    """All variables of the optimizer, iterations first.
+
+    Args:
+      optimizer: the optimizer.
+      trained: the variables that it trains. A restored checkpoint has legacy optimizers create their
+        slots in the order of the file; here they come in this one.
+    """
     variables = list(optimizer.weights if is_legacy(optimizer) else optimizer.variables)
     iterations = optimizer.iterations
-    return [iterations] + [variable for variable in variables if variable is not iterations]
+    slots = _slots(optimizer, trained) if is_legacy(optimizer) else []
+    in_order = {id(variable) for variable in [iterations, *slots]}
+    return [iterations] + [v for v in variables if id(v) not in in_order] + slots
+
+
+def _slots(optimizer: tf_keras.optimizers.legacy.Optimizer, trained: Sequence[tf.Variable]) -> list:
+    slots = []
+    for name in sorted(optimizer.get_slot_names()):
+        for variable in trained:
+            with contextlib.suppress(KeyError):  # Created when a gradient first reaches the variable.
+                slots.append(optimizer.get_slot(variable, name))
+    return slots
