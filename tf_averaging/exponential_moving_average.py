@@ -28,7 +28,7 @@ from tf_averaging import inner_optimizer as inner_optimizers
 Schedule = tf_keras.optimizers.schedules.LearningRateSchedule
 
 
-@tf_keras.saving.register_keras_serializable(package="tf_averaging")
+@averaged_optimizer_wrapper.register
 class ExponentialMovingAverage(averaged_optimizer_wrapper.AveragedOptimizerWrapper):
     """The exponential moving average of the weights (Polyak averaging).
 
