@@ -177,8 +177,21 @@ def deserialize(config: Any, custom_objects: Optional[Dict[str, Any]] = None) ->
         return config
     config = copy_containers(config)
     if "module" in config:
+        custom_objects = {**_class_by_bare_name(config), **(custom_objects or {})}
         return tf_keras.saving.deserialize_keras_object(config, custom_objects=custom_objects)
     return tf_keras.optimizers.deserialize(config, custom_objects=custom_objects, use_legacy_format=True)
+
+
+def _class_by_bare_name(config: Dict[str, Any]) -> Dict[str, type]:
+    """The class that a config means, by the name under which tf_keras looks for it in `.h5` files."""
+    generations = {
+        "keras.optimizers": tf_keras.optimizers,
+        "keras.optimizers.legacy": tf_keras.optimizers.legacy,
+    }
+    known = tf_keras.saving.get_registered_object(config.get("registered_name"))
+    if known is None:
+        known = getattr(generations.get(config["module"]), str(config.get("class_name")), None)
+    return {} if known is None else {config["class_name"]: known}
 
 
 def build(optimizer: Optimizer, var_list: Sequence[tf.Variable]) -> None:
