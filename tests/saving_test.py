@@ -271,3 +271,319 @@ def test_resumes_exactly(references, strategy_name, generation, scheme, loss_sca
     resumed = state_of(model, with_statistics)
     for name in ended.keys() - loses:
         assert resumed[name] == ended[name], name
+
+
+@pytest.mark.parametrize("form", FORMATS, ids=lambda form: form.__name__)
+@pytest.mark.parametrize("generation", GENERATIONS)
+def test_saved_while_swapped_is_resumed_swapped(tmp_path, form, generation):
+    model = new_model(tf.distribute.get_strategy(), generation, "ema")
+    train(model, STEPS_BEFORE)
+    raw = state_of(model)
+    averaging(model.optimizer).swap_weights()
+    form.save(model, str(tmp_path))
+    resumed = form.resume(new_model(model.distribute_strategy, generation, "ema", seed=2), str(tmp_path))
+    optimizer = averaging(resumed.optimizer)
+    assert optimizer.weights_swapped
+    with pytest.raises(tf.errors.InvalidArgumentError, match="call_swap_weights|swap_weights"):
+        train(resumed, 1)
+    optimizer.swap_weights()
+    assert state_of(resumed) == raw
+    averaging(model.optimizer).swap_weights()
+    train(model, 3)
+    train(resumed, 3)
+    assert state_of(resumed) == state_of(model)
+
+
+class TestAveragesOfOtherVariables:
+    """Statistics of BatchNormalization, say, which `load_model` does not know when it loads."""
+
+    @pytest.mark.parametrize("form", [EarlyCheckpoint, Checkpoint, KerasFile, H5File])
+    @pytest.mark.parametrize("loss_scaling", [False, True], ids=["", "loss_scaling"])
+    @pytest.mark.parametrize("swapped", [False, True], ids=["", "swapped"])
+    def test_of_all_variables(self, tmp_path, form, loss_scaling, swapped):
+        if form is H5File and loss_scaling:
+            pytest.skip("tf_keras cannot load the optimizer's state")
+
+        def new(seed):
+            strategy = tf.distribute.get_strategy()
+            options = {"trainable_weights_only": False}
+            return new_model(strategy, "current", "swa", loss_scaling, seed, **options)
+
+        model = new(1)
+        averaging(model.optimizer).shadow_copy(model)
+        train(model, STEPS_BEFORE)
+        if swapped:
+            averaging(model.optimizer).swap_weights()
+        form.save(model, str(tmp_path))
+        fresh = new(2)
+        if form is Checkpoint:
+            averaging(fresh.optimizer).shadow_copy(fresh)
+        resumed = form.resume(fresh, str(tmp_path))
+        optimizer = averaging(resumed.optimizer)
+        if form in (KerasFile, H5File):
+            # Saved again before the variables are known, nothing is lost either.
+            with pytest.raises(ValueError, match="shadow_copy"):
+                optimizer.swap_weights()
+            form.save(resumed, str(tmp_path))
+            resumed = form.resume(fresh, str(tmp_path))
+            optimizer = averaging(resumed.optimizer)
+            if not swapped:
+                with pytest.raises(ValueError, match="shadow_copy"):
+                    train(resumed, 1)
+        optimizer.shadow_copy(resumed)
+        assert state_of(resumed) == state_of(model)
+        assert optimizer.weights_swapped == swapped
+        if swapped:
+            averaging(model.optimizer).swap_weights()
+            optimizer.swap_weights()
+        train(model, 5)
+        train(resumed, 5)
+        assert state_of(resumed) == state_of(model)
+
+    @pytest.mark.parametrize("form", [EarlyCheckpoint, KerasFile])
+    @pytest.mark.parametrize("others", [False, True], ids=["trained", "others too"])
+    def test_of_a_list(self, tmp_path, form, others):
+        def chosen(model):
+            other = [model.get_layer("bn").moving_mean] if others else []
+            return [model.get_layer("out").kernel, *other]
+
+        model = new_model(tf.distribute.get_strategy(), "legacy", "swa")
+        model.optimizer.shadow_copy(chosen(model))
+        train(model, STEPS_BEFORE)
+        form.save(model, str(tmp_path))
+        fresh = new_model(tf.distribute.get_strategy(), "legacy", "swa", seed=2)
+        if form is EarlyCheckpoint:
+            fresh.optimizer.shadow_copy(chosen(fresh))
+        resumed = form.resume(fresh, str(tmp_path))
+        if others and form is KerasFile:
+            with pytest.raises(ValueError, match="shadow_copy"):
+                train(resumed, 1)
+            resumed.optimizer.shadow_copy(chosen(resumed))
+        train(model, 5)
+        train(resumed, 5)
+        assert len(state_of(resumed)["averages"]) == 1 + others
+        assert state_of(resumed) == state_of(model)
+
+    def test_that_do_not_fit_are_dropped_with_a_warning(self, tmp_path):
+        model = new_model(tf.distribute.get_strategy(), "current", "swa", trainable_weights_only=False)
+        model.optimizer.shadow_copy(model)
+        train(model, STEPS_BEFORE)
+        KerasFile.save(model, str(tmp_path))
+        loaded = KerasFile.resume(model, str(tmp_path))
+        with pytest.warns(UserWarning, match="do not fit"):
+            loaded.optimizer.shadow_copy([loaded.get_layer("bn").moving_mean])
+
+
+@pytest.mark.parametrize("form", [KerasFile, H5File, Arrays, WeightsOfNewFormat])
+@pytest.mark.parametrize("generation", GENERATIONS)
+@pytest.mark.parametrize("strategy_name", ["default", "mirrored"])
+def test_restored_early_then_saved_in_another_format(
+    references, tmp_path, strategy_name, generation, form
+):
+    strategy, path, saved, _ = references(strategy_name, generation, "ema", False)
+    model = EarlyCheckpoint.resume(
+        new_model(strategy, generation, "ema", seed=2), str(path / "EarlyCheckpoint")
+    )
+    form.save(model, str(tmp_path))
+    model = form.resume(new_model(strategy, generation, "ema", seed=3), str(tmp_path))
+    assert state_of(model, strategy_name == "default") == saved
+
+
+@pytest.mark.parametrize("form", [KerasFile, H5File, Checkpoint])
+def test_variables_of_a_subclass_are_saved(tmp_path, form):
+    model = new_model(tf.distribute.get_strategy(), "current", "swa")
+    with tf_keras.saving.custom_object_scope({"Counting": Counting}):
+        model.compile(Counting("sgd"), "mse")
+        train(model, 3)
+        model.optimizer.seen.assign(7)
+        form.save(model, str(tmp_path))
+        fresh = new_model(tf.distribute.get_strategy(), "current", "swa")
+        fresh.compile(Counting("sgd"), "mse")
+        resumed = form.resume(fresh, str(tmp_path))
+    assert resumed.optimizer.seen.numpy() == 7
+    assert state_of(resumed) == state_of(model)
+
+
+class Counting(tfav.AveragedOptimizerWrapper):
+    """A scheme with a variable of its own."""
+
+    def __init__(self, optimizer, **options):
+        super().__init__(optimizer, **options)
+        self.seen = self.add_variable([], tf.int64, name="seen")
+
+    def averaging_weight(self, step):
+        return tf.constant(0.5, tf.float64)
+
+
+@pytest.mark.parametrize("form", [EarlyCheckpoint, Checkpoint, KerasFile, H5File, Arrays])
+@pytest.mark.parametrize("swapped", [False, True], ids=["", "swapped"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_averages_wider_than_their_variables_keep_every_bit(tmp_path, dtype, swapped, form):
+    if dtype == "bfloat16" and form in (KerasFile, H5File, Arrays):
+        pytest.skip("neither tf_keras nor NumPy can load bfloat16 weights from files of these formats")
+
+    def new(seed):
+        tf_keras.utils.set_random_seed(seed)
+        model = tf_keras.Sequential([tf_keras.layers.Dense(3, input_shape=(4,), dtype=dtype)])
+        model.compile(tfav.ExponentialMovingAverage(tf_keras.optimizers.SGD(0.1)), "mse")
+        return model
+
+    model = new(1)
+    train(model, STEPS_BEFORE)
+    if swapped:
+        model.optimizer.swap_weights()
+    form.save(model, str(tmp_path))
+    resumed = form.resume(new(2), str(tmp_path))
+    assert state_of(resumed) == state_of(model)
+    if swapped:
+        model.optimizer.swap_weights()
+        resumed.optimizer.swap_weights()
+        assert state_of(resumed) == state_of(model)
+    assert resumed.optimizer.get_slot(resumed.layers[0].kernel, "average").dtype == tf.float32
+
+
+class TestWarnings:
+    @pytest.mark.parametrize("loss_scaling", [False, True], ids=["", "loss_scaling"])
+    def test_saved_model_keeps_no_state(self, tmp_path, loss_scaling):
+        model = new_model(tf.distribute.get_strategy(), "current", "swa", loss_scaling)
+        train(model, 3)
+        with pytest.warns(UserWarning, match=r"SavedModel .*averages.*\.keras"):
+            model.save(str(tmp_path / "model"), save_format="tf")
+        loaded = tf_keras.models.load_model(str(tmp_path / "model"))
+        np.testing.assert_array_equal(loaded.predict(X, verbose=0), model.predict(X, verbose=0))
+
+    def test_h5_under_loss_scaling_loses_the_state(self, tmp_path):
+        model = new_model(tf.distribute.get_strategy(), "current", "swa", loss_scaling=True)
+        train(model, 3)
+        with pytest.warns(UserWarning, match=r"\.h5.*LossScaleOptimizer.*averages.*\.keras"):
+            H5File.save(model, str(tmp_path))
+        resumed = H5File.resume(model, str(tmp_path))
+        for a, b in zip(resumed.get_weights(), model.get_weights()):
+            np.testing.assert_array_equal(a, b)
+
+    def test_h5_does_not_keep_a_list(self, tmp_path):
+        model = new_model(tf.distribute.get_strategy(), "current", "swa")
+        model.optimizer.shadow_copy([model.get_layer("out").kernel])
+        train(model, 3)
+        with pytest.warns(UserWarning, match=r"\.h5.*shadow_copy.*\.keras"):
+            H5File.save(model, str(tmp_path))
+
+    @pytest.mark.parametrize("form", [Checkpoint, KerasFile, H5File, Weights, Arrays])
+    def test_there_is_none_where_nothing_is_lost(self, tmp_path, form):
+        model = new_model(tf.distribute.get_strategy(), "current", "swa")
+        train(model, 3)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            warnings.filterwarnings("ignore", "You are saving your model as an HDF5 file")
+            form.save(model, str(tmp_path))
+            form.resume(new_model(tf.distribute.get_strategy(), "current", "swa"), str(tmp_path))
+
+
+class TestChangedModels:
+    @staticmethod
+    def model_of(units, generation):
+        """Dense layers of these widths, which are their names' numbers."""
+        layers = [tf_keras.layers.Dense(u, name=f"dense{u}") for u in units]
+        model = tf_keras.Sequential([tf_keras.layers.InputLayer((4,)), *layers])
+        model.compile(tfav.SWA(GENERATIONS[generation].SGD(0.01, momentum=0.9), 0, 1), "mse")
+        return model
+
+    @pytest.mark.parametrize("late", [False, True], ids=["early", "late"])
+    def test_checkpoint_restores_what_matches(self, tmp_path, late):
+        model = self.model_of([3, 1], "legacy")
+        train(model, 4)
+        path = checkpoint_of(model).save(str(tmp_path / "ckpt"))
+        grown = self.model_of([3, 2], "legacy")
+        grown.layers[0]._name = "dense3"
+        if late:
+            train(grown, 3)
+        # Another head: by attribute, so that the first layer is found and the second not.
+        tf.train.Checkpoint(
+            model=tf.train.Checkpoint(**{"layer_with_weights-0": grown.layers[0]}),
+            optimizer=grown.optimizer,
+        ).restore(path).expect_partial()
+        new_head = grown.layers[1].kernel
+        if not late:
+            grown.optimizer.build(grown.trainable_variables)
+        old, new = model.layers[0].kernel, grown.layers[0].kernel
+        for slot in ("average", "momentum"):
+            np.testing.assert_array_equal(
+                grown.optimizer.get_slot(new, slot).numpy(), model.optimizer.get_slot(old, slot).numpy()
+            )
+        assert grown.optimizer.num_averaged == model.optimizer.num_averaged
+        np.testing.assert_array_equal(
+            grown.optimizer.get_slot(new_head, "average").numpy(), new_head.numpy()
+        )
+        train(grown, 2)
+
+    @pytest.mark.parametrize("generation", GENERATIONS)
+    @pytest.mark.parametrize("form", [KerasFile, WeightsOfNewFormat, Arrays])
+    def test_arrays_that_do_not_fit_change_nothing(self, tmp_path, generation, form):
+        model = self.model_of([3, 2], generation)
+        train(model, 4)
+        state = model.optimizer.get_weights()
+        grown = self.model_of([3, 2, 1], generation)
+        train(grown, 3)
+        before = state_of(grown)
+        if form is Arrays:
+            with pytest.raises(ValueError, match="Expected"):
+                grown.optimizer.set_weights(state)
+        else:
+            form.save(grown, str(tmp_path))
+            path = str(tmp_path) + form.name
+            with pytest.warns(UserWarning, match="not loaded"):
+                model.load_weights(path, skip_mismatch=True)
+            for a, b in zip(model.optimizer.get_weights(), state):
+                np.testing.assert_array_equal(a, b)
+        assert state_of(grown) == before
+
+    @pytest.mark.parametrize("loss_scaling", [False, True], ids=["", "loss_scaling"])
+    def test_file_of_a_plain_optimizer(self, tmp_path, loss_scaling):
+        scaled = tf_keras.mixed_precision.LossScaleOptimizer if loss_scaling else lambda inner: inner
+        plain = self.model_of([3, 1], "current")
+        plain.compile(scaled(tf_keras.optimizers.SGD(0.01, momentum=0.9)), "mse")
+        train(plain, 3)
+        plain.save(str(tmp_path / "model.keras"))
+        model = self.model_of([3, 1], "current")
+        optimizer = model.optimizer
+        model.compile(scaled(optimizer), "mse")
+        train(model, 5)
+        with pytest.warns(UserWarning, match="without averages"):
+            model.load_weights(str(tmp_path / "model.keras"))
+        assert (optimizer.iterations, optimizer.num_averaged) == (3, 0)
+        train(plain, 2)
+        train(model, 2)
+        for a, b in zip(model.get_weights(), plain.get_weights()):
+            np.testing.assert_array_equal(a, b)
+
+    def test_file_without_an_optimizer(self):
+        model = self.model_of([1], "current")
+        train(model, 5)
+        before = state_of(model)
+        with pytest.warns(UserWarning, match="no state"):
+            model.optimizer.load_own_variables({})
+        assert state_of(model) == before
+
+    def test_restore_of_a_checkpoint_from_before_the_first_step(self, tmp_path):
+        """It has no averages yet, and those of steps taken since must not stay."""
+        model = self.model_of([3, 1], "current")
+        path = checkpoint_of(model).save(str(tmp_path / "ckpt"))
+        train(model, 4)
+        checkpoint_of(model).restore(path)
+        assert model.optimizer.num_averaged == 0
+        with model.optimizer.swapped_weights():
+            averages = model.get_weights()
+        for a, b in zip(averages, model.get_weights()):
+            np.testing.assert_array_equal(a, b)
+
+    def test_early_save_does_not_fix_what_is_saved_later(self, tmp_path):
+        model = self.model_of([3, 1], "current")
+        checkpoint = checkpoint_of(model)
+        checkpoint.save(str(tmp_path / "ckpt"))
+        train(model, 4)
+        path = checkpoint.save(str(tmp_path / "ckpt"))
+        resumed = self.model_of([3, 1], "current")
+        checkpoint_of(resumed).restore(path)
+        train(model, 4)
+        train(resumed, 4)
+        assert state_of(resumed) == state_of(model)

@@ -637,11 +637,16 @@ class AveragedOptimizerWrapper(tf_keras.optimizers.Optimizer):
     @property
     def variables(self) -> List[tf.Variable]:
         """All state, as a list that can also be called: iterations, inner optimizer, averages."""
-        self._refresh()
-        state = self._state()
-        if optimizer_state.is_writing_h5():
+        saver = optimizer_state.keras_saver()
+        if saver is not None and saver.store is not None:
+            # A LossScaleOptimizer, which would write our state a second time, and fails to load a file
+            # that has another number of variables. Ours alone is enough.
+            is_loading = saver.name == "load_own_variables"
+            return _CallableList(optimizer_state.Ignored() for _ in (saver.store if is_loading else ()))
+        if saver is not None:
             self._warn_of_losses_in_h5()
-        return _CallableList(state.variables())
+        self._refresh()
+        return _CallableList(self._state().variables())
 
     def _state(self) -> optimizer_state.OptimizerState:
         self._build_as_restored()

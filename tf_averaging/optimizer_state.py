@@ -23,7 +23,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 import warnings
-from typing import Any, List, Sequence
+from typing import Any, List, Mapping, NamedTuple, Optional, Sequence
 
 import numpy as np
 import tensorflow as tf
@@ -191,17 +191,40 @@ class OptimizerState:
             self.averages.load(variable, array)
 
 
-def is_writing_h5() -> bool:
-    """Whether tf_keras asks on behalf of a model that it writes to an `.h5` file.
+class KerasSaver(NamedTuple):
+    """The function of tf_keras that asks for the variables, to save or load them.
 
-    It does not say so, and loses there what other formats keep, which must not happen in silence.
+    It does not say so, and what it does with them loses state, or fails, in two places: see
+    `AveragedOptimizerWrapper.variables`.
+
+    Attributes:
+      name: its name.
+      store: the store of a `.keras` file, if it has one.
     """
-    frame = sys._getframe()
-    while frame is not None:
-        if frame.f_code.co_name == "save_optimizer_weights_to_hdf5_group":
-            return True
+
+    name: str
+    store: Optional[Mapping[str, Any]]
+
+
+def keras_saver() -> Optional[KerasSaver]:
+    """The saving or loading function of tf_keras on whose behalf the caller was called, if any."""
+    names = {"save_optimizer_weights_to_hdf5_group", "save_own_variables", "load_own_variables"}
+    frame = sys._getframe(1)
+    for _ in range(6):
+        if frame is None:
+            break
+        module = frame.f_globals.get("__name__", "")
+        if frame.f_code.co_name in names and module.split(".")[0] == "tf_keras":
+            return KerasSaver(frame.f_code.co_name, frame.f_locals.get("store"))
         frame = frame.f_back
-    return False
+    return None
+
+
+class Ignored:
+    """Stands for a variable, and does not change when assigned to."""
+
+    def assign(self, value) -> None:
+        pass
 
 
 def _is_in(variable: tf.Variable, variables: Sequence[tf.Variable]) -> bool:
