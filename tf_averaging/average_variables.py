@@ -100,6 +100,11 @@ class AverageVariables(tf.__internal__.tracking.Trackable):
         except KeyError:
             raise KeyError(f"Variable {getattr(variable, 'name', variable)!r} has no average.") from None
 
+    def has_stash(self, variable: tf.Variable) -> bool:
+        """Whether this variable's average has another dtype, so that there is, or would be, a stash."""
+        dtype = average_ops.all_components(variable)[0].dtype
+        return average_dtype_of(dtype, self._average_dtype) != dtype
+
     def state(self) -> List[tf.Variable]:
         """All variables: count, flag, averages, stashes, and what waits (see `wait_with`)."""
         if self.num_averaged is None:
@@ -165,7 +170,7 @@ class AverageVariables(tf.__internal__.tracking.Trackable):
         dtype = weights[0].dtype
         average_dtype = average_dtype_of(dtype, self._average_dtype)
         average = _create_slot(variable, average_dtype, "average")
-        stash = None if average_dtype == dtype else _create_slot(variable, dtype, "stash")
+        stash = _create_slot(variable, dtype, "stash") if self.has_stash(variable) else None
         # Each replica's average starts from the replica's own value, which an on-read variable does
         # not share with the others. The buffers are shared until training writes to one.
         for slot in (average, stash):

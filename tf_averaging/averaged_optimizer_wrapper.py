@@ -719,7 +719,7 @@ class AveragedOptimizerWrapper(tf_keras.optimizers.Optimizer):
             return
         try:
             self._has_fixed_set = self._state().load(store)
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
             _warn(
                 f"The state of optimizer {self.name!r} was not loaded, and is left as it is, since the "
                 f"one in the file does not fit it: {error}"

@@ -125,6 +125,7 @@ class OptimizerState:
             places.dtype.kind != "i"
             or places.ndim != 1
             or has_stash.shape != places.shape
+            or has_stash.dtype != bool
             or len(set(known)) != len(known)
             or any(place >= len(self.trained) for place in known)
             or (len(state) < 2 + len(places) + has_stash.sum() if state else len(places))
@@ -141,6 +142,15 @@ class OptimizerState:
             self.averages.start_over()
             return self.is_fixed_set
         count, swapped = _checked_count(state[0]), _checked_flag(state[1:2])
+        if swapped and any(
+            self.averages.has_stash(self.trained[place]) != stashed
+            for place, stashed in zip(places, has_stash)
+            if place >= 0
+        ):
+            raise ValueError(
+                "The file was saved while averages and weights were exchanged, and with another "
+                "`average_dtype`. Expected the same one, or a file saved while they were not."
+            )
         # What belongs to trained variables is loaded; the rest waits for its variables.
         averages, stashes, waiting = np.split(
             np.arange(2, len(state)), [len(places), len(places) + int(has_stash.sum())]
@@ -281,7 +291,8 @@ def _as_number(array: Any) -> np.ndarray:
         raise ValueError(f"Expected an array of numbers. Received: {array!r}") from error
     if array.dtype == np.dtype("V2"):
         array = array.view(tf.bfloat16.as_numpy_dtype)  # HDF5 has no name for it.
-    if array.dtype.kind not in "iufc" and array.dtype != tf.bfloat16.as_numpy_dtype:
+    is_number = array.dtype.kind in "iufc" and array.dtype.itemsize <= np.dtype(np.complex128).itemsize
+    if array.dtype == np.longdouble or not (is_number or array.dtype == tf.bfloat16.as_numpy_dtype):
         raise ValueError(f"Expected an array of numbers. Received one of dtype {array.dtype}")
     return array
 
