@@ -300,6 +300,101 @@ class TestUpdateByHand:
         np.testing.assert_allclose(optimizer.get_slot(variable, "average").numpy(), 10.0, rtol=1e-6)
 
 
+class TestBeginAveraging:
+    """A start that is known only when training begins, and is state."""
+
+    @pytest.mark.parametrize("created", ["before", "after"])
+    @pytest.mark.parametrize("period", [1, 2])
+    def test_starts_there(self, strategy, created, period):
+        with strategy.scope():
+            variable = tf.Variable(0.0)
+            optimizer = tfav.SWA(tf_keras.optimizers.SGD(1.0), 0, period)
+        if created == "before":
+            optimizer.shadow_copy([variable])
+        assert not optimizer.start_was_set
+        optimizer.begin_averaging(3)
+        assert optimizer.start_was_set
+        assert optimizer.start_averaging == 3
+
+        def on_replica():
+            optimizer.apply_gradients([(tf.constant(-1.0 / strategy.num_replicas_in_sync), variable)])
+
+        step = tf.function(lambda: strategy.run(on_replica))
+        counts = []
+        for _ in range(7):
+            step()
+            counts.append(int(optimizer.num_averaged))
+        assert counts == ([0, 0, 0, 1, 2, 3, 4] if period == 1 else [0, 0, 0, 1, 1, 2, 2])
+        expected = [4.0, 5.0, 6.0, 7.0][::period]
+        assert averages(optimizer, [variable]) == [np.mean(expected)]
+
+    def test_decays_count_from_there(self):
+        variables = [tf.Variable(0.0) for _ in range(2)]
+        told = tfav.ExponentialMovingAverage(tf_keras.optimizers.SGD(1.0), start_step=4)
+        set_later = tfav.ExponentialMovingAverage(tf_keras.optimizers.SGD(1.0))
+        set_later.begin_averaging(4)
+        assert set_later.start_step == 4
+        for optimizer, variable in zip((told, set_later), variables):
+            step = tf.function(
+                lambda o=optimizer, v=variable: o.apply_gradients([(tf.constant(-1.0), v)])
+            )
+            for _ in range(8):
+                step()
+        assert averages(told, variables[:1]) == averages(set_later, variables[1:])
+
+    def test_is_saved_in_checkpoints(self, tmp_path):
+        def objects():
+            variable = tf.Variable(0.0)
+            optimizer = tfav.SWA(tf_keras.optimizers.SGD(1.0), 0, 1)
+            return variable, optimizer, tf.train.Checkpoint(variable=variable, optimizer=optimizer)
+
+        def train(optimizer, variable, steps):
+            for _ in range(steps):
+                optimizer.apply_gradients([(tf.constant(-1.0), variable)])
+
+        variable, optimizer, checkpoint = objects()
+        optimizer.begin_averaging(3)
+        train(optimizer, variable, 2)
+        path = checkpoint.save(tmp_path / "checkpoint")
+        for late in (False, True):
+            variable, optimizer, checkpoint = objects()
+            if late:
+                optimizer.shadow_copy([variable])
+            checkpoint.restore(path)
+            train(optimizer, variable, 4)
+            assert optimizer.start_averaging == 3
+            assert averages(optimizer, [variable]) == [5.0]  # The mean of 4, 5 and 6.
+
+    @pytest.mark.parametrize("suffix", ["keras", "h5"])
+    def test_is_saved_in_files_and_not_in_the_config(self, tmp_path, suffix):
+        model = dense_model()
+        model.compile(tfav.ExponentialMovingAverage("sgd"), "mse")
+        model.optimizer.begin_averaging(5)
+        model.fit(X, Y, verbose=0)
+        assert model.optimizer.get_config()["start_step"] == 0
+        model.save(tmp_path / f"model.{suffix}")
+        loaded = tf_keras.models.load_model(tmp_path / f"model.{suffix}")
+        assert loaded.optimizer.start_step == 5
+        loaded.fit(X, Y, epochs=2, batch_size=32, verbose=0)
+        assert loaded.optimizer.num_averaged == 1
+
+    def test_first_call_counts(self):
+        optimizer = tfav.SWA("sgd")
+        optimizer.begin_averaging(3)
+        optimizer.begin_averaging(7)
+        assert optimizer.start_averaging == 3
+
+    def test_errors(self):
+        with pytest.raises(ValueError, match="a start in steps already, 5.*Received: step=3"):
+            tfav.SWA("sgd", start_averaging=5).begin_averaging(3)
+        with pytest.raises(ValueError, match="step=-1"):
+            tfav.SWA("sgd").begin_averaging(-1)
+        optimizer, variable = tfav.SWA("sgd"), tf.Variable(1.0)
+        optimizer.apply_gradients([(tf.constant(1.0), variable)])
+        with pytest.raises(ValueError, match="has begun already.*num_averaged=1"):
+            optimizer.begin_averaging(3)
+
+
 class TestSlotsAndState:
     def test_slot_names(self):
         assert tfav.SWA("sgd").get_slot_names() == ["average"]

@@ -78,3 +78,44 @@ def test_checkpoint_takes_the_averages_for_slots(tmp_path):
     assert "variable/.OPTIMIZER_SLOT/optimizer/averages/average/.ATTRIBUTES/VARIABLE_VALUE" in keys
     assert "optimizer/averages/num_averaged/.ATTRIBUTES/VARIABLE_VALUE" in keys
     assert "get_slot_names" not in dir(optimizer)
+
+
+def test_model_checkpoint_writes_files_by_save_handler(tmp_path, monkeypatch):
+    written = []
+    monkeypatch.setattr(
+        tf_keras.callbacks.ModelCheckpoint, "_save_handler", lambda self, path: written.append(path)
+    )
+    model = tf_keras.Sequential([tf_keras.layers.Dense(1, input_shape=(1,))])
+    model.compile("sgd", "mse")
+    checkpoint = tf_keras.callbacks.ModelCheckpoint(str(tmp_path / "{epoch}.keras"))
+    model.fit(tf.ones([1, 1]), tf.ones([1, 1]), epochs=2, callbacks=[checkpoint], verbose=0)
+    assert written == [str(tmp_path / "1.keras"), str(tmp_path / "2.keras")]
+
+
+def test_callback_that_wants_no_logs_is_not_waited_for():
+    callbacks = tf_keras.callbacks.CallbackList([tfav.callbacks.SwapAverageWeights()])
+    assert callbacks._supports_tf_logs
+
+
+def test_callbacks_of_one_training_share_their_parameters():
+    callbacks = [tf_keras.callbacks.Callback() for _ in range(2)]
+    tf_keras.callbacks.CallbackList(callbacks, epochs=3, steps=2)
+    assert callbacks[0].params is callbacks[1].params
+    assert callbacks[0].params == {"epochs": 3, "steps": 2}
+
+
+def test_layer_calls_the_instances_own_call():
+    layer = tf_keras.layers.BatchNormalization()
+    inputs = tf_keras.Input([2])
+    model = tf_keras.Model(inputs, layer(inputs))
+    seen = []
+    call = layer.call
+
+    def recording_call(inputs, *args, **kwargs):
+        seen.append(kwargs["training"])
+        return call(inputs, *args, **kwargs)
+
+    vars(layer)["call"] = recording_call
+    model(tf.ones([1, 2]), training=True)
+    model(tf.ones([1, 2]), training=False)
+    assert seen == [True, False]

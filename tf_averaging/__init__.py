@@ -13,11 +13,23 @@
 # limitations under the License.
 """Weight averaging for TensorFlow: SWA and EMA as optimizer wrappers."""
 
+from tf_averaging import callbacks
+from tf_averaging import schedules
+from tf_averaging.averaged_model import averaged_model
 from tf_averaging.averaged_optimizer_wrapper import AveragedOptimizerWrapper
+from tf_averaging.batch_norm import update_batch_norm
 from tf_averaging.exponential_moving_average import ExponentialMovingAverage
 from tf_averaging.stochastic_weight_averaging import SWA
 from tf_averaging.version import VERSION
 
 __version__ = VERSION
 
-__all__ = ["SWA", "AveragedOptimizerWrapper", "ExponentialMovingAverage"]
+__all__ = [
+    "SWA",
+    "AveragedOptimizerWrapper",
+    "ExponentialMovingAverage",
+    "averaged_model",
+    "callbacks",
+    "schedules",
+    "update_batch_norm",
+]

@@ -101,6 +101,12 @@ def assign(component: Component, value: tf.Tensor) -> Optional[tf.Operation]:
         return tf.raw_ops.AssignVariableOp(resource=component.handle, value=value)
 
 
+def add(component: Component, delta: tf.Tensor) -> Optional[tf.Operation]:
+    """Adds to the value, in one step where it lives: of several that add at once none is lost."""
+    with tf.device(component.device):
+        return tf.raw_ops.AssignAddVariableOp(resource=component.handle, value=delta)
+
+
 # Work is a function without arguments that returns the operations that must run.
 Work = Callable[[], Sequence[Union[None, tf.Operation, tf.Tensor]]]
 
@@ -179,10 +185,23 @@ def update(
     Returns:
       The operations that must run; empty in eager mode.
     """
+    return _one_by_one(pairs, lambda average, value, old: assign(average, new_value(value, old)))
+
+
+def update_shared(pairs: Sequence[Pair], weight: tf.Tensor) -> List[Optional[tf.Operation]]:
+    """Interpolates as `Fold` does where others do so at once, on parameter servers: none is lost."""
+    return _one_by_one(
+        pairs,
+        lambda average, value, old: add(average, tf.cast(weight, average.dtype) * (value - old)),
+    )
+
+
+def _one_by_one(pairs: Sequence[Pair], write) -> List[Optional[tf.Operation]]:
+    """Calls `write(average, variable's value, average's value)` where the averages live."""
     previous = []
     for average, variable in pairs:
         with tf.control_dependencies(previous), tf.device(average.device):
-            operation = assign(average, new_value(tf.cast(read(variable), average.dtype), read(average)))
+            operation = write(average, tf.cast(read(variable), average.dtype), read(average))
         previous = [] if operation is None else [operation]
     return previous
 
@@ -214,7 +233,10 @@ class Fold:
           The operations that must run; empty in eager mode.
         """
         compiled = [pair for pair in pairs if pays_to_compile(pair[0], jit_compile)]
-        plain = [pair for pair in pairs if not pays_to_compile(pair[0], jit_compile)]
+        remote = [pair for pair in pairs if is_remote(pair[0])]
+        plain = [
+            pair for pair in pairs if not pays_to_compile(pair[0], jit_compile) and not is_remote(pair[0])
+        ]
         operations = []
         for device, group in by_device(compiled):
             averages, variables = zip(*group)
@@ -227,7 +249,8 @@ class Fold:
                         tuple((average.dtype.name, variable.dtype.name) for average, variable in group),
                     )
                 )
-        return [op for op in operations if op is not None] + update(plain, interpolation(weight))
+        operations += update(plain, interpolation(weight)) + update_shared(remote, weight)
+        return [op for op in operations if op is not None]
 
 
 def pays_to_compile(average: Component, jit_compile: Union[bool, str]) -> bool:

@@ -27,6 +27,9 @@ import tensorflow as tf
 from tf_averaging import average_ops
 from tf_averaging import checkpoint_positions
 
+# The value of `first_step` while `begin` has not been called.
+NOT_SET = -1
+
 SWAPPED_ERROR = (
     "The averages are in the model and the weights in the slots (`weights_swapped` is True), so a step "
     "now would train the averages. Call `swap_weights()` first, or evaluate inside "
@@ -40,12 +43,15 @@ class Slots:
 
     Attributes:
       variable: the model's.
+      kind: the slot's name in a checkpoint: `"average"`, or `"exchanged"` for a value that is exchanged
+        with the variable's, but that nothing is folded into.
       average: its average; while swapped, the weights.
       stash: None, or, where the average's dtype differs from the variable's, the place for the weights
         while swapped: they cannot pass through the average, nor it through them, without losing bits.
     """
 
     variable: tf.Variable
+    kind: str
     average: tf.Variable
     stash: Optional[tf.Variable]
 
@@ -65,23 +71,26 @@ class AverageVariables(tf.__internal__.tracking.Trackable):
       average_dtype: what `average_dtype_of` gets as `requested`.
     """
 
-    SLOT_NAMES = ("average", "stash")
+    SLOT_NAMES = ("average", "stash", "exchanged")
 
     def __init__(self, average_dtype: Optional[tf.DType] = None):
         self._average_dtype = average_dtype
         self._fold = average_ops.Fold()
         self._slots: Dict[str, Slots] = {}
+        self._sharded_slots: Dict[tuple, tf.__internal__.distribute.ShardedVariable] = {}
         self._positions: Dict[tuple, list] = {}
         self._unmatched = checkpoint_positions.Unmatched(self._take_unmatched)
         self._flag_position: Optional[checkpoint_positions.Position] = None
-        self._begin_with = (0, False)
+        self._initial = (0, False)
         self._restore_uid = -1
         self._swap_function = None
         self._thread = threading.get_ident()
         self.waiting: List[tf.Variable] = []
         self.restored_with: Optional[checkpoint_positions.Position] = None
+        self._first_step = NOT_SET
         self.num_averaged: Optional[tf.Variable] = None
         self.swapped: Optional[tf.Variable] = None
+        self.first_step: Optional[tf.Variable] = None
 
     # Creation and look-up.
 
@@ -106,10 +115,21 @@ class AverageVariables(tf.__internal__.tracking.Trackable):
         return average_dtype_of(dtype, self._average_dtype) != dtype
 
     def state(self) -> List[tf.Variable]:
-        """All variables: count, flag, averages, stashes, and what waits (see `wait_with`)."""
+        """All variables but exchanged values: count, flag, first step, averages, stashes, what waits.
+
+        What files store by position must not depend on whether statistics were recomputed.
+        """
         if self.num_averaged is None:
-            return list(self.waiting)
-        return [self.num_averaged, self.swapped] + _state_of(self) + self.waiting
+            return []
+        return self.head() + _state_of(self.averaged()) + self.waiting
+
+    def head(self) -> List[tf.Variable]:
+        """The count, the flag and the first step."""
+        return [self.num_averaged, self.swapped, self.first_step]
+
+    def averaged(self) -> List[Slots]:
+        """The slots that are folded into, which exchanged values are not."""
+        return [slots for slots in self if slots.kind == "average"]
 
     def order(self, variables: Iterable[tf.Variable]) -> None:
         """Puts the averages of these variables first, in this order.
@@ -131,8 +151,8 @@ class AverageVariables(tf.__internal__.tracking.Trackable):
         """Whether the replicas of the context have one set of averages between them."""
         return bool(self) and average_ops.is_shared_by_replicas(self.num_averaged)
 
-    def add(self, variables: Iterable[tf.Variable]) -> None:
-        """Gives an average, equal to its value now, to each variable that has none yet."""
+    def add(self, variables: Iterable[tf.Variable], kind: str = "average") -> None:
+        """Gives a slot of this kind, equal to its value now, to each variable that has none yet."""
         new = [variable for variable in variables if variable not in self]
         if not new:
             return
@@ -140,7 +160,7 @@ class AverageVariables(tf.__internal__.tracking.Trackable):
             if self.num_averaged is None:
                 self._create_state(new[0])
             for variable in new:
-                self._slots.setdefault(variable_key(variable), self._create_slots(variable))
+                self._slots.setdefault(variable_key(variable), self._create_slots(variable, kind))
             self._swap_function = None
             for variable in new:
                 self._restore_queued(variable)
@@ -158,17 +178,21 @@ class AverageVariables(tf.__internal__.tracking.Trackable):
                 like, lambda: tf.zeros([0], tf.bool), "swapped", shape=tf.TensorShape([None])
             )
         if tf.executing_eagerly():
-            self.begin(*self._begin_with)
+            self.set_count(*self._initial)
             if self._flag_position is not None:
                 self._restore_flag(self._flag_position)
         # This restores what a checkpoint has for them.
         self._track_trackable(self.num_averaged, "num_averaged")
         self._track_trackable(self.swapped, "swapped")
+        self.first_step = _create_like(
+            like, lambda: tf.constant(self._first_step, tf.int64), "first_step"
+        )
+        self._track_trackable(self.first_step, "first_step")
 
-    def _create_slots(self, variable: tf.Variable) -> Slots:
+    def _create_slots(self, variable: tf.Variable, kind: str) -> Slots:
         weights = average_ops.all_components(variable)
         dtype = weights[0].dtype
-        average_dtype = average_dtype_of(dtype, self._average_dtype)
+        average_dtype = average_dtype_of(dtype, self._average_dtype) if kind == "average" else dtype
         average = _create_slot(variable, average_dtype, "average")
         stash = _create_slot(variable, dtype, "stash") if self.has_stash(variable) else None
         # Each replica's average starts from the replica's own value, which an on-read variable does
@@ -176,7 +200,7 @@ class AverageVariables(tf.__internal__.tracking.Trackable):
         for slot in (average, stash):
             if slot is not None and tf.executing_eagerly():
                 average_ops.copy(list(zip(average_ops.all_components(slot), weights)))
-        return Slots(variable, average, stash)
+        return Slots(variable, kind, average, stash)
 
     # Arithmetic. Every method works on the components that the context may touch.
 
@@ -205,8 +229,7 @@ class AverageVariables(tf.__internal__.tracking.Trackable):
         Returns:
           The operations that must run.
         """
-        pairs = [pair for slots in self for pair in _pairs(slots.average, slots.variable)]
-        counted = self.count()
+        pairs = self._folded_pairs()
 
         def fold():
             if average_op is not None:
@@ -218,7 +241,34 @@ class AverageVariables(tf.__internal__.tracking.Trackable):
         else:
             folded = average_ops.when(True, fold)
         with _after(folded):
-            return [folded, *_set(self.num_averaged, counted + 1)]
+            one = tf.ones([], tf.int64)
+            return [folded] + [
+                average_ops.add(component, one) for component in average_ops.components(self.num_averaged)
+            ]
+
+    def begin(self, step: int) -> None:
+        """Makes `step` the first one that is averaged. This is state: it is saved with the averages."""
+        self._first_step = step
+        if self.first_step is not None:
+            _set(self.first_step, tf.constant(step, tf.int64))
+
+    def begins_at(self, default: int) -> Union[int, tf.Tensor]:
+        """The step that `begin` got, here or before a checkpoint was written, else `default`.
+
+        Returns:
+          An int where it is known; in graphs that are built after `begin`, a scalar int64 tensor.
+        """
+        if self.first_step is None:
+            return default if self._first_step == NOT_SET else self._first_step
+        with tf.init_scope():
+            if tf.executing_eagerly():
+                value = int(average_ops.read(average_ops.all_components(self.first_step)[0]))
+                if value == NOT_SET:
+                    return default
+        if tf.executing_eagerly():
+            return value
+        first_step = average_ops.read(average_ops.components(self.first_step)[0])
+        return tf.where(tf.equal(first_step, NOT_SET), tf.constant(default, tf.int64), first_step)
 
     def count(self) -> tf.Tensor:
         """How many updates the averages hold: scalar int64 tensor."""
@@ -244,9 +294,15 @@ class AverageVariables(tf.__internal__.tracking.Trackable):
         return average_ops.when(fresh, self._copy_weights)
 
     def _copy_weights(self) -> List[Optional[tf.Operation]]:
-        return average_ops.copy(
-            [pair for slots in self for pair in _pairs(slots.average, slots.variable)]
-        )
+        return average_ops.copy(self._folded_pairs())
+
+    def _folded_pairs(self) -> List[average_ops.Pair]:
+        return [
+            pair
+            for slots in self
+            if slots.kind == "average"
+            for pair in _pairs(slots.average, slots.variable)
+        ]
 
     def check_training(self) -> Optional[tf.Operation]:
         """Fails when it runs while swapped; a step must depend on the operation that it returns.
@@ -316,9 +372,9 @@ class AverageVariables(tf.__internal__.tracking.Trackable):
     # The form in arrays. The averages of variables that are not known yet when arrays are loaded wait in
     # plain variables, which are saved again with the others.
 
-    def begin(self, count: int = 0, swapped: bool = False) -> None:
+    def set_count(self, count: int = 0, swapped: bool = False) -> None:
         """Sets the count and the flag, now or as soon as they exist."""
-        self._begin_with = (count, swapped)
+        self._initial = (count, swapped)
         if self.num_averaged is None:
             return
         for component in average_ops.all_components(self.num_averaged):
@@ -380,9 +436,22 @@ class AverageVariables(tf.__internal__.tracking.Trackable):
 
     def get_slot(self, variable: tf.Variable, name: str) -> Optional[tf.Variable]:
         if isinstance(variable, tf.__internal__.distribute.ShardedVariable):
-            shards = [self.get_slot(shard, name) for shard in variable.variables]
-            return None if None in shards else tf.__internal__.distribute.ShardedVariable(shards)
-        return getattr(self[variable], name)
+            return self._sharded_slot(variable, name)
+        slots = self[variable]
+        if name == "stash":
+            return slots.stash
+        return slots.average if name == slots.kind else None
+
+    def _sharded_slot(self, variable, name: str):
+        """The slots of all shards as one, so that a checkpoint does not depend on the sharding."""
+        shards = [self.get_slot(shard, name) for shard in variable.variables]
+        if any(shard is None for shard in shards):
+            return None
+        # Kept: a checkpoint asks later whether what it restored is still there.
+        key = (variable_key(variable), name)
+        if key not in self._sharded_slots:
+            self._sharded_slots[key] = tf.__internal__.distribute.ShardedVariable(shards)
+        return self._sharded_slots[key]
 
     def _create_or_restore_slot_variable(
         self, slot_variable_position, slot_name, variable, slot_variable_shape=None
@@ -393,12 +462,13 @@ class AverageVariables(tf.__internal__.tracking.Trackable):
             return None
         self.restored_with = slot_variable_position
         self.start_restore(slot_variable_position.restore_uid)
-        if variable not in self:
+        missing = [part for part in averageable([variable]) if part not in self]
+        if missing:
             if not tf.executing_eagerly():
                 key = (variable_key(variable), slot_name)
                 self._positions.setdefault(key, []).append(slot_variable_position)
                 return None
-            self.add([variable])
+            self.add(missing, "exchanged" if slot_name == "exchanged" else "average")
         slot = self.get_slot(variable, slot_name)
         if isinstance(slot, tf.Variable) and tf.executing_eagerly():
             checkpoint_positions.restore_if_dtypes_differ(slot_variable_position, slot)
@@ -443,7 +513,7 @@ class AverageVariables(tf.__internal__.tracking.Trackable):
     def start_over(self, count: int = 0) -> None:
         """Sets the averages to the current weights, and the count."""
         self.waiting = []
-        self.begin(count)
+        self.set_count(count)
         for slots in self:
             components = zip(
                 average_ops.all_components(slots.average), average_ops.all_components(slots.variable)

@@ -252,9 +252,10 @@ class AveragedOptimizerWrapper(tf_keras.optimizers.Optimizer):
         )
 
     def _is_due(self, step: tf.Tensor) -> Union[bool, tf.Tensor]:
-        if self._start_averaging == 0 and self._average_period == 1:
+        start = self.start_averaging
+        if isinstance(start, int) and start == 0 and self._average_period == 1:
             return True
-        since_start = step - self._start_averaging
+        since_start = step - start
         return tf.logical_and(since_start >= 0, tf.equal(since_start % self._average_period, 0))
 
     def _step(self) -> tf.Tensor:
@@ -380,6 +381,19 @@ class AveragedOptimizerWrapper(tf_keras.optimizers.Optimizer):
         self._has_fixed_set = True
         self._averages.add(chosen)
 
+    def exchange_too(self, variables: Sequence[tf.Variable]) -> None:
+        """Gives variables that are not averaged a value of their own for while the weights are swapped.
+
+        `swap_weights` exchanges the two values, and nothing is folded into either: statistics that were
+        recomputed for the averages stay with the averages. `update_batch_norm` calls it. Variables that
+        have an average are left alone.
+
+        Args:
+          variables: floating-point variables of the model. What they hold now is kept as the value that
+            goes with the weights if the weights are swapped now, else with the averages.
+        """
+        self._averages.add(average_variables.averageable(_checked_variables(variables)), "exchanged")
+
     def _create_averages(self, trained: Sequence[tf.Variable]) -> None:
         """Creates the averages that are missing, of the variables trained and of the model followed."""
         self._note_trained(trained)
@@ -409,6 +423,47 @@ class AveragedOptimizerWrapper(tf_keras.optimizers.Optimizer):
     def has_shadow_copy(self) -> bool:
         """Whether the averages have been created."""
         return len(self._averages) > 0
+
+    def begin_averaging(self, step: int) -> None:
+        """Makes `step` the first one that is averaged, in place of a `start_averaging` of 0.
+
+        For a start that is known only when training begins; `callbacks.SwapAverageWeights(begin_epoch=)`
+        calls it. The step is part of the optimizer's state, saved and restored with the averages, and
+        not of its config. The first call counts: a step that was set or restored before stays. It must
+        be called before the training step is traced.
+
+        >>> optimizer = tfav.SWA("sgd")
+        >>> optimizer.begin_averaging(300)
+        >>> optimizer.start_averaging
+        300
+
+        Args:
+          step: int >= 0, counted as `iterations` counts.
+
+        Raises:
+          TypeError: if `step` is not an int.
+          ValueError: if `step` is negative, if the constructor was given a start, or if averaging has
+            begun without this having been called.
+        """
+        step = checked_count("step", step, minimum=0)
+        if self._start_averaging:
+            raise ValueError(
+                f"The optimizer was given a start in steps already, {self._start_averaging}. Expected "
+                f"that or a start by epoch, not both. Received: step={step}"
+            )
+        if self.start_was_set:
+            return
+        if self.num_averaged > 0:
+            raise ValueError(
+                "Averaging has begun already, so its start cannot be moved. Expected an optimizer that "
+                f"has averaged nothing yet. Received: one with num_averaged={int(self.num_averaged)}"
+            )
+        self._averages.begin(step)
+
+    @property
+    def start_was_set(self) -> bool:
+        """Whether `begin_averaging` set the start, here or before the state was saved."""
+        return self._averages.begins_at(average_variables.NOT_SET) != average_variables.NOT_SET
 
     @_as_written
     def update_average(self, weight: Optional[float] = None):
@@ -565,7 +620,8 @@ class AveragedOptimizerWrapper(tf_keras.optimizers.Optimizer):
         """
         if slot_name == "average":
             self._refresh()
-            return self._averages.get_slot(var, slot_name)
+            average = self._averages.get_slot(var, "average")
+            return self._averages.get_slot(var, "exchanged") if average is None else average
         if not inner_optimizers.is_legacy(self._inner_optimizer):
             raise KeyError(
                 f"Expected 'average': a current-generation inner optimizer has no slots by name. "
@@ -710,6 +766,7 @@ class AveragedOptimizerWrapper(tf_keras.optimizers.Optimizer):
     def save_own_variables(self, store) -> None:
         """Writes the state to a `.keras` file's store."""
         self._refresh()
+        self._warn_of_lost_statistics()
         self._state().save(store)
 
     def load_own_variables(self, store) -> None:
@@ -725,7 +782,16 @@ class AveragedOptimizerWrapper(tf_keras.optimizers.Optimizer):
                 f"one in the file does not fit it: {error}"
             )
 
+    def _warn_of_lost_statistics(self) -> None:
+        if len(self._averages) > len(self._averages.averaged()):
+            _warn(
+                "Statistics that were recomputed for the averages (`update_batch_norm`) are kept by "
+                "`tf.train.Checkpoint` only. From this file the model gets those that it holds now, and "
+                "the others must be recomputed."
+            )
+
     def _warn_of_losses_in_h5(self) -> None:
+        self._warn_of_lost_statistics()
         if getattr(self, "_is_wrapped_by_loss_scale_optimizer", False):
             _warn(
                 "An `.h5` file of a model whose optimizer is a LossScaleOptimizer can be loaded, but its "
@@ -774,9 +840,12 @@ class AveragedOptimizerWrapper(tf_keras.optimizers.Optimizer):
         return self._inner_optimizer
 
     @property
-    def start_averaging(self) -> int:
-        """The first step, counted from 0, on which an update is due."""
-        return self._start_averaging
+    def start_averaging(self) -> Union[int, tf.Tensor]:
+        """The first step, counted from 0, on which an update is due.
+
+        An int; in graphs that are built after `begin_averaging`, a scalar int64 tensor.
+        """
+        return self._averages.begins_at(self._start_averaging)
 
     @property
     def average_period(self) -> int:
@@ -916,7 +985,7 @@ class AveragedOptimizerWrapper(tf_keras.optimizers.Optimizer):
 
     def _updates_so_far(self) -> int:
         """How many updates were due in the steps taken."""
-        since_start = int(self.iterations.numpy()) - 1 - self._start_averaging
+        since_start = int(self.iterations.numpy()) - 1 - self.start_averaging
         return max(since_start // self._average_period + 1, 0)
 
 
@@ -1072,3 +1141,17 @@ def _checked_average_dtype(value) -> Optional[tf.DType]:
 def _check_jit_compile(value) -> None:
     if not isinstance(value, bool) and value != "auto":
         raise ValueError(f'Expected `jit_compile` to be a bool or "auto". Received: {value!r}')
+
+
+def averaging_optimizer(optimizer: object) -> Optional[AveragedOptimizerWrapper]:
+    """The outermost averaging optimizer in `optimizer`, which a LossScaleOptimizer say may be around.
+
+    Args:
+      optimizer: an optimizer, or None.
+
+    Returns:
+      The averaging optimizer, None if there is none.
+    """
+    while optimizer is not None and not isinstance(optimizer, AveragedOptimizerWrapper):
+        optimizer = getattr(optimizer, "inner_optimizer", None)
+    return optimizer

@@ -109,8 +109,8 @@ class ExponentialMovingAverage(averaged_optimizer_wrapper.AveragedOptimizerWrapp
         return self._average_decay
 
     @property
-    def start_step(self) -> int:
-        """The first step that is averaged."""
+    def start_step(self) -> Union[int, tf.Tensor]:
+        """The first step that is averaged; see `AveragedOptimizerWrapper.start_averaging`."""
         return self.start_averaging
 
     @property
@@ -128,7 +128,7 @@ class ExponentialMovingAverage(averaged_optimizer_wrapper.AveragedOptimizerWrapp
         return {
             **config,
             "average_decay": decay,
-            "start_step": self.start_step,
+            "start_step": self._start_averaging,
             "dynamic_decay": self._dynamic_decay,
         }
 

@@ -80,7 +80,7 @@ def restore(
     owner.children[inner_name].restore(inner)
     if "iter" in owner.children:
         owner.children["iter"].restore(optimizer.iterations)
-    averages.begin(updates())
+    averages.set_count(updates())
     return inner
 
 

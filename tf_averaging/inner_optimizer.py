@@ -175,6 +175,11 @@ def deserialize(config: Any, custom_objects: Optional[Dict[str, Any]] = None) ->
     """
     if not isinstance(config, dict):
         return config
+    if not isinstance(config.get("class_name"), str) or not isinstance(config.get("config"), dict):
+        raise ValueError(
+            "Expected the config dict of an optimizer, with a name under 'class_name' and a dict under "
+            f"'config'. Received: {config!r}"
+        )
     config = copy_containers(config)
     if "module" in config:
         custom_objects = {**_class_by_bare_name(config), **(custom_objects or {})}

@@ -23,7 +23,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 import warnings
-from typing import Any, List, Mapping, NamedTuple, Optional, Sequence
+from typing import Any, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 import tensorflow as tf
@@ -73,15 +73,15 @@ class OptimizerState:
         if self.averages_others and self.trained and not self.averages and len(arrays) > len(variables):
             first, last = len(self.inner), len(arrays) - len(self.own)
             rest = list(arrays[first:last])
-            count, swapped = _checked_count(rest[0]), _checked_flag(rest[1:2])
-            waiting = [_as_number(array) for array in rest[2:]]
+            head = _checked_head(rest[:3])
+            waiting = [_as_number(array) for array in rest[3:]]
             variables = self.inner + self.own
             arrays = list(arrays[:first]) + list(arrays[last:])
         checked = _all_checked(arrays, variables)
         for variable, array in zip(variables, checked):
             self.averages.load(variable, array)
         if waiting:
-            self.averages.begin(count, swapped)
+            self._set_head(*head)
             self.averages.wait_with(waiting, like=self.trained[0])
 
     def save(self, store) -> None:
@@ -90,9 +90,13 @@ class OptimizerState:
             store[str(index)] = variable.numpy()
         places = {average_variables.variable_key(v): index for index, v in enumerate(self.trained)}
         store["averages_of"] = np.array(
-            [places.get(average_variables.variable_key(s.variable), -1) for s in self.averages], np.int64
+            [
+                places.get(average_variables.variable_key(s.variable), -1)
+                for s in self.averages.averaged()
+            ],
+            np.int64,
         )
-        store["has_stash"] = np.array([s.stash is not None for s in self.averages], bool)
+        store["has_stash"] = np.array([s.stash is not None for s in self.averages.averaged()], bool)
         store["is_fixed_set"] = np.array(self.is_fixed_set)
         for index, variable in enumerate(self.loss_scale):
             store[f"loss_scale_{index}"] = variable.numpy()
@@ -128,7 +132,7 @@ class OptimizerState:
             or has_stash.dtype != bool
             or len(set(known)) != len(known)
             or any(place >= len(self.trained) for place in known)
-            or (len(state) < 2 + len(places) + has_stash.sum() if state else len(places))
+            or (len(state) < 3 + len(places) + has_stash.sum() if state else len(places))
         ):
             raise ValueError(
                 f"Expected averages of {len(self.trained)} trained variables. Received averages of those "
@@ -141,7 +145,7 @@ class OptimizerState:
             self._assign(self.loss_scale, scale)
             self.averages.start_over()
             return self.is_fixed_set
-        count, swapped = _checked_count(state[0]), _checked_flag(state[1:2])
+        count, swapped, first_step = _checked_head(state[:3])
         if swapped and any(
             self.averages.has_stash(self.trained[place]) != stashed
             for place, stashed in zip(places, has_stash)
@@ -153,7 +157,7 @@ class OptimizerState:
             )
         # What belongs to trained variables is loaded; the rest waits for its variables.
         averages, stashes, waiting = np.split(
-            np.arange(2, len(state)), [len(places), len(places) + int(has_stash.sum())]
+            np.arange(3, len(state)), [len(places), len(places) + int(has_stash.sum())]
         )
         stash_of = iter(stashes)
         kept, later, later_stashes = [], [], []
@@ -175,7 +179,7 @@ class OptimizerState:
             )
         self.averages.add([variable for variable, _ in kept])
         self.averages.start_over(count)
-        self.averages.begin(count, swapped)
+        self._set_head(count, swapped, first_step)
         for variable, values in kept:
             slots = self.averages[variable]
             for slot, value in zip([slots.average, slots.stash], values):
@@ -184,7 +188,7 @@ class OptimizerState:
         if later:
             self.averages.wait_with(later, like=self.trained[0])
             self.averages.give_waiting_to(
-                [s.variable for s in self.averages if not _is_in(s.variable, self.trained)]
+                [s.variable for s in self.averages.averaged() if not _is_in(s.variable, self.trained)]
             )
         return is_fixed_set
 
@@ -195,6 +199,10 @@ class OptimizerState:
             "The file was written by an optimizer without averages. They start from the weights in it.",
             stacklevel=4,
         )
+
+    def _set_head(self, count: int, swapped: bool, first_step: int) -> None:
+        self.averages.set_count(count, swapped)
+        self.averages.begin(first_step)
 
     def _assign(self, variables: Sequence[tf.Variable], arrays: Sequence[np.ndarray]) -> None:
         for variable, array in zip(variables, arrays):
@@ -297,11 +305,21 @@ def _as_number(array: Any) -> np.ndarray:
     return array
 
 
-def _checked_count(array: Any) -> int:
+def _checked_integer(array: Any) -> int:
     array = _as_number(array)
-    if array.shape or array.dtype.kind not in "iu" or array < 0:
-        raise ValueError(f"Expected the number of updates, an integer >= 0. Received: {array!r}")
+    if array.shape or array.dtype.kind not in "iu":
+        raise ValueError(f"Expected an integer. Received: {array!r}")
     return int(array)
+
+
+def _checked_head(arrays: Sequence[Any]) -> Tuple[int, bool, int]:
+    """Count, flag and first step (`AverageVariables.head`)."""
+    if len(arrays) != 3:
+        raise ValueError(f"Expected the averages' count, flag and first step. Received: {arrays!r}")
+    count, first_step = (_checked_integer(array) for array in (arrays[0], arrays[2]))
+    if count < 0 or first_step < average_variables.NOT_SET:
+        raise ValueError(f"Expected count and first step >= 0. Received: {count}, {first_step}")
+    return count, _checked_flag(arrays[1:2]), first_step
 
 
 def _checked_flag(arrays: Sequence[Any]) -> bool:

@@ -1,0 +1,478 @@
+# Copyright 2026 The tf_averaging Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Recomputed statistics equal those that NumPy computes in float64 over the whole data set."""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+import tf_keras
+from absl import logging
+
+import tf_averaging as tfav
+
+RNG = np.random.default_rng(0)
+X = (RNG.normal(size=(70, 3)) * [1.0, 20.0, 0.1] + [0.0, -300.0, 5.0]).astype(np.float32)
+IMAGES = (RNG.normal(size=(21, 4, 5, 2)) * [3.0, 0.2] + [7.0, -1.0]).astype(np.float32)
+BATCH_NORM = {
+    "plain": tf_keras.layers.BatchNormalization,
+    "synchronized": lambda **k: tf_keras.layers.BatchNormalization(synchronized=True, **k),
+    "renorm": lambda **k: tf_keras.layers.BatchNormalization(renorm=True, **k),
+}
+
+
+def normalizing(strategy=None, shape=(3,), layer=BATCH_NORM["plain"], **options):
+    with (strategy or tf.distribute.get_strategy()).scope():
+        return tf_keras.Sequential([layer(input_shape=shape, **options)])
+
+
+def statistics(layer):
+    return [layer.moving_mean.numpy(), layer.moving_variance.numpy()]
+
+
+def expect_statistics(layer, data, axes=0):
+    """Of `data` in float64, for each replica's part."""
+    data = np.asarray(data, np.float64)
+    mean, variance = data.mean(axis=axes), data.var(axis=axes)
+    for variable, value in [(layer.moving_mean, mean), (layer.moving_variance, variance)]:
+        for component in getattr(variable, "values", [variable]):
+            np.testing.assert_allclose(component.numpy().reshape(value.shape), value, rtol=1e-5)
+
+
+def state(model):
+    return [v.numpy() for v in model.variables]
+
+
+def same(first, second):
+    return all(np.array_equal(a, b) for a, b in zip(first, second))
+
+
+class TestEqualsNumPy:
+    @pytest.mark.parametrize("layer", BATCH_NORM)
+    @pytest.mark.parametrize("batch_size", [7, 32, 69, 70])
+    def test_batches_of_any_size(self, strategy, layer, batch_size):
+        """The last batch is smaller: 0, 6, 1 and 0 samples; with two replicas one may get none."""
+        model = normalizing(strategy, layer=BATCH_NORM[layer], momentum=0.5)
+        data = tf.data.Dataset.from_tensor_slices(X).batch(batch_size)
+        tfav.update_batch_norm(model, data, verbose=0)
+        expect_statistics(model.layers[0], X)
+        if layer == "renorm":
+            deviation = np.sqrt(np.var(X, axis=0, dtype=np.float64) + model.layers[0].epsilon)
+            np.testing.assert_allclose(model.layers[0].moving_stddev.numpy(), deviation, rtol=1e-5)
+
+    def test_images(self, strategy):
+        model = normalizing(strategy, (4, 5, 2))
+        tfav.update_batch_norm(model, IMAGES, verbose=0)
+        expect_statistics(model.layers[0], IMAGES, axes=(0, 1, 2))
+
+    @pytest.mark.parametrize("axis", [1, 2, [1, 3]])
+    def test_other_axes(self, axis):
+        model = normalizing(shape=(4, 5, 2), axis=axis, fused=False)
+        tfav.update_batch_norm(model, IMAGES, verbose=0)
+        kept = axis if isinstance(axis, list) else [axis]
+        expect_statistics(model.layers[0], IMAGES, tuple({0, 1, 2, 3} - set(kept)))
+
+    def test_virtual_batches(self):
+        model = normalizing(virtual_batch_size=5, fused=False)
+        tfav.update_batch_norm(model, tf.data.Dataset.from_tensor_slices(X).batch(35), verbose=0)
+        expect_statistics(model.layers[0], X)
+
+    @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16", "float64"])
+    def test_dtypes(self, strategy, policy):
+        tf_keras.mixed_precision.set_global_policy(policy)
+        x = X[:, :1]
+        model = normalizing(strategy, (1,))
+        tfav.update_batch_norm(model, x, verbose=0)
+        dtype = model.layers[0].compute_dtype
+        expect_statistics(model.layers[0], tf.cast(tf.cast(x, dtype), tf.float64).numpy())
+
+    def test_mask(self):
+        """Padding does not count, as it does not in training."""
+        lengths = RNG.integers(1, 6, size=23)
+        x = RNG.normal(size=(23, 5, 2)).astype(np.float32) + 3.0
+        for sequence, length in zip(x, lengths):
+            sequence[length:] = 0.0
+        inputs = tf_keras.Input([5, 2])
+        masked = tf_keras.layers.Masking()(inputs)
+        model = tf_keras.Model(inputs, tf_keras.layers.BatchNormalization()(masked))
+        tfav.update_batch_norm(model, x, verbose=0)
+        kept = np.concatenate([sequence[:length] for sequence, length in zip(x, lengths)])
+        expect_statistics(model.layers[-1], kept)
+
+    def test_layers_upstream_are_in_training_mode(self):
+        """They normalize by the batch, so what comes after them depends on the batches."""
+        model = tf_keras.Sequential(
+            [
+                tf_keras.layers.BatchNormalization(input_shape=(3,), epsilon=1e-9),
+                tf_keras.layers.Dense(2, activation="relu"),
+                tf_keras.layers.BatchNormalization(),
+            ]
+        )
+        kernel, bias = model.layers[1].get_weights()
+        tfav.update_batch_norm(model, tf.data.Dataset.from_tensor_slices(X).batch(32), verbose=0)
+        expect_statistics(model.layers[0], X)
+        outputs = []
+        for start in range(0, 70, 32):
+            x = X[start : start + 32].astype(np.float64)
+            x = (x - x.mean(axis=0)) / x.std(axis=0)
+            outputs.append(np.maximum(x @ kernel + bias, 0))
+        expect_statistics(model.layers[2], np.concatenate(outputs))
+
+    def test_shared_layer(self):
+        layer = tf_keras.layers.BatchNormalization()
+        inputs = tf_keras.Input([3]), tf_keras.Input([3])
+        model = tf_keras.Model(inputs, [layer(x) for x in inputs])
+        tfav.update_batch_norm(model, [X, 2 * X], verbose=0)
+        expect_statistics(layer, np.concatenate([X, 2 * X]))
+
+    def test_nested_models(self):
+        inner = normalizing()
+        model = tf_keras.Sequential([tf_keras.Sequential([inner])])
+        model.build([None, 3])
+        tfav.update_batch_norm(model, X, verbose=0)
+        expect_statistics(inner.layers[0], X)
+
+    def test_subclassed_model(self):
+        class Subclassed(tf_keras.Model):
+            def __init__(self):
+                super().__init__()
+                self.norms = [{"norm": tf_keras.layers.BatchNormalization()}]
+
+            def call(self, inputs):
+                return self.norms[0]["norm"](inputs)
+
+        model = Subclassed()
+        with pytest.raises(ValueError, match="has not been built"):
+            tfav.update_batch_norm(model, X, verbose=0)
+        model(X[:1])
+        tfav.update_batch_norm(model, X, verbose=0)
+        expect_statistics(model.norms[0]["norm"], X)
+
+    @pytest.mark.parametrize("options", [{"run_eagerly": True}, {"steps_per_execution": 3}])
+    def test_compiled_otherwise(self, options):
+        model = normalizing()
+        model.compile("sgd", "mse", **options)
+        tfav.update_batch_norm(model, X, verbose=0)
+        expect_statistics(model.layers[0], X)
+
+
+class Sequence(tf_keras.utils.Sequence):
+    def __len__(self):
+        return 7
+
+    def __getitem__(self, index):
+        return X[10 * index : 10 * index + 10], np.zeros(10), np.ones(10)
+
+
+def generator():
+    for index in range(7):
+        yield Sequence()[index]
+
+
+INPUTS = {
+    "array": X,
+    "tensor": tf.constant(X),
+    "float64 array": X.astype(np.float64),
+    "list": [X],
+    "dataset": tf.data.Dataset.from_tensor_slices(X).batch(16),
+    "dataset with targets": tf.data.Dataset.from_tensor_slices((X, X)).batch(16),
+    "dataset with weights": tf.data.Dataset.from_tensor_slices((X, X, X[:, 0])).batch(16),
+    "sequence": Sequence(),
+}
+
+
+class TestInputs:
+    @pytest.mark.parametrize("name", INPUTS)
+    def test_of_each_kind(self, name):
+        model = normalizing()
+        tfav.update_batch_norm(model, INPUTS[name], verbose=0)
+        expect_statistics(model.layers[0], X)
+
+    def test_generator(self):
+        model = normalizing()
+        tfav.update_batch_norm(model, generator(), verbose=0)
+        expect_statistics(model.layers[0], X)
+
+    def test_steps(self):
+        model = normalizing()
+        data = tf.data.Dataset.from_tensor_slices(X).batch(10).repeat()
+        tfav.update_batch_norm(model, data, steps=3, verbose=0)
+        expect_statistics(model.layers[0], X[:30])
+
+    @pytest.mark.parametrize("as_", ["dict", "tuple", "dataset of dicts", "dataset of tuples"])
+    def test_several_inputs(self, as_):
+        a, b = tf_keras.Input([3], name="a"), tf_keras.Input([3], name="b")
+        model = tf_keras.Model({"a": a, "b": b} if "dict" in as_ else [a, b], a + b)
+        outputs = tf_keras.layers.BatchNormalization()(model.output)
+        model = tf_keras.Model(model.input, outputs)
+        data = {"a": X, "b": 3 * X} if "dict" in as_ else (X, 3 * X)
+        if "dataset" in as_:
+            data = tf.data.Dataset.from_tensor_slices((data, X[:, 0])).batch(16)
+        tfav.update_batch_norm(model, data, verbose=0)
+        expect_statistics(model.layers[-1], 4 * X)
+
+    def test_progress_bar(self, capsys):
+        tfav.update_batch_norm(normalizing(), X, verbose=1)
+        assert "3/3 [====" in capsys.readouterr().out
+        tfav.update_batch_norm(normalizing(), X, verbose=0)
+        assert capsys.readouterr().out == ""
+
+    def test_no_data(self):
+        with pytest.raises(ValueError, match="[Ee]mpty"):
+            tfav.update_batch_norm(normalizing(), tf.data.Dataset.range(0), verbose=0)
+
+
+def test_model_without_batch_norm_does_not_look_at_the_data():
+    model = tf_keras.Sequential([tf_keras.layers.Dense(1)])
+    tfav.update_batch_norm(model, data=None)
+
+
+def test_what_is_not_a_model():
+    with pytest.raises(TypeError, match="Expected a `tf_keras.Model`"):
+        tfav.update_batch_norm(tf_keras.layers.BatchNormalization(), X)
+
+
+class Counting(tf_keras.layers.Layer):
+    """Has state that a call in training mode changes, and fails when told to."""
+
+    def __init__(self, fail=False):
+        super().__init__()
+        self.calls = self.add_weight(name="calls", shape=[], dtype="int64", trainable=False)
+        self.metric = tf_keras.metrics.Mean(name="seen")
+        self.fail = fail
+
+    def call(self, inputs, training=False):
+        if self.fail:
+            tf.debugging.assert_less(self.calls, tf.constant(1, tf.int64), "told to")
+        if training:
+            self.calls.assign_add(1)
+        self.metric.update_state(inputs)
+        return inputs
+
+
+class TestEverythingElseIsAsBefore:
+    def model(self, fail=False):
+        model = tf_keras.Sequential(
+            [
+                tf_keras.layers.BatchNormalization(input_shape=(3,), renorm=True, momentum=0.7),
+                Counting(fail),
+                tf_keras.layers.Dropout(0.5),
+                tf_keras.layers.Dense(2),
+                tf_keras.layers.BatchNormalization(momentum=0.3),
+            ]
+        )
+        model.compile(tf_keras.optimizers.Adam(), "mse", metrics=["mae"])
+        model.fit(X[:32], X[:32, :2], verbose=0)
+        return model
+
+    def test_after_success(self):
+        model = self.model()
+        before = {v.name: v.numpy() for v in [*model.variables, *model.optimizer.variables]}
+        metrics = [metric.result().numpy() for metric in model.metrics]
+        flags = [(layer.trainable, getattr(layer, "momentum", None)) for layer in model.layers]
+        tfav.update_batch_norm(model, X, verbose=0)
+        after = {v.name: v.numpy() for v in [*model.variables, *model.optimizer.variables]}
+        changed = {name for name in before if not np.array_equal(before[name], after[name])}
+        assert {name.split("/")[-1] for name in changed} == {
+            "moving_mean:0",
+            "moving_variance:0",
+            "moving_stddev:0",
+        }
+        assert [metric.result().numpy() for metric in model.metrics] == metrics
+        assert flags == [(layer.trainable, getattr(layer, "momentum", None)) for layer in model.layers]
+        assert all("call" not in vars(layer) for layer in model.layers)
+
+    def test_after_an_exception(self):
+        model = self.model(fail=True)
+        model.layers[1].calls.assign(0)
+        before = state(model)
+        with pytest.raises(tf.errors.InvalidArgumentError, match="told to"):
+            tfav.update_batch_norm(model, X, verbose=0)
+        assert same(state(model), before)
+        assert all("call" not in vars(layer) for layer in model.layers)
+
+    def test_training_goes_on_with_the_layers_momentum(self):
+        model = normalizing(momentum=0.75)
+        model.compile("sgd", "mse")
+        tfav.update_batch_norm(model, X, verbose=0)
+        mean = model.layers[0].moving_mean.numpy()
+        model.train_on_batch(X[:10], X[:10])
+        expected = 0.75 * mean + 0.25 * X[:10].astype(np.float64).mean(axis=0)
+        np.testing.assert_allclose(model.layers[0].moving_mean.numpy(), expected, rtol=1e-5)
+
+
+class TestLayersThatTrainingLeavesAlone:
+    def test_frozen(self):
+        model = normalizing()
+        model.layers[0].trainable = False
+        tfav.update_batch_norm(model, X, verbose=0)
+        assert same(statistics(model.layers[0]), [np.zeros(3), np.ones(3)])
+        assert not model.layers[0].trainable
+
+    def test_called_in_inference_mode_is_said(self, monkeypatch):
+        logged = []
+        monkeypatch.setattr(logging, "warning", lambda text, *values: logged.append(text % values))
+        layer = tf_keras.layers.BatchNormalization(name="frozen_by_call")
+        inputs = tf_keras.Input([3])
+        model = tf_keras.Model(inputs, layer(inputs, training=False))
+        tfav.update_batch_norm(model, X, verbose=0)
+        assert same(statistics(layer), [np.zeros(3), np.ones(3)])
+        assert len(logged) == 1
+        assert "frozen_by_call" in logged[0]
+
+
+def trained(strategy, wrap=lambda optimizer: optimizer, **options):
+    """A model whose averages differ from its weights, and the names of things in it."""
+    with strategy.scope():
+        model = tf_keras.Sequential(
+            [
+                tf_keras.layers.Dense(2, input_shape=(3,), activation="tanh"),
+                tf_keras.layers.BatchNormalization(momentum=0.5),
+                tf_keras.layers.Dense(1),
+            ]
+        )
+        optimizer = tfav.SWA(tf_keras.optimizers.SGD(0.1), 0, 1, **options)
+        model.compile(wrap(optimizer), "mse")
+    optimizer.shadow_copy(model)
+    model.fit(X / 300, X[:, 0], epochs=2, verbose=0)
+    return model, optimizer, model.layers[1]
+
+
+def hidden(model):
+    kernel, bias = model.layers[0].get_weights()
+    return np.tanh(X.astype(np.float64) / 300 @ kernel + bias)
+
+
+class TestWhileSwapped:
+    @pytest.mark.parametrize("wrapped", [False, True])
+    def test_statistics_belong_to_the_averages(self, strategy, wrapped):
+        wrap = tf_keras.mixed_precision.LossScaleOptimizer if wrapped else lambda optimizer: optimizer
+        with strategy.scope():
+            model, optimizer, layer = trained(strategy, wrap)
+        raw = statistics(layer)
+        own = [[c.numpy() for c in getattr(v, "values", [v])] for v in layer.non_trainable_variables]
+        with optimizer.swapped_weights():
+            tfav.update_batch_norm(model, X / 300, verbose=0)
+            expect_statistics(layer, hidden(model))
+            recomputed = statistics(layer)
+        assert not same(raw, recomputed)
+        assert same(statistics(layer), raw)
+        again = [[c.numpy() for c in getattr(v, "values", [v])] for v in layer.non_trainable_variables]
+        assert all(same(a, b) for a, b in zip(own, again))  # Each replica's own.
+        with optimizer.swapped_weights():
+            assert same(statistics(layer), recomputed)
+        assert same(optimizer.get_slot(layer.moving_mean, "average").numpy(), recomputed[0])
+
+    def test_they_are_never_folded(self, strategy):
+        model, optimizer, layer = trained(strategy)
+        with optimizer.swapped_weights():
+            tfav.update_batch_norm(model, X / 300, verbose=0)
+            recomputed = statistics(layer)
+        raw = statistics(layer)
+        model.train_function = None
+        model.fit(X / 300, X[:, 0], epochs=2, verbose=0)
+        assert not same(statistics(layer), raw)
+        with optimizer.swapped_weights():
+            assert same(statistics(layer), recomputed)
+            tfav.update_batch_norm(model, X / 300, verbose=0)  # Again, for the new averages.
+            expect_statistics(layer, hidden(model))
+
+    def test_before_the_first_update_too(self):
+        with tf.distribute.get_strategy().scope():
+            model, optimizer, layer = trained(tf.distribute.get_strategy())
+        optimizer.set_weights(
+            [np.int64(0) if "num_averaged" in v.name else v.numpy() for v in optimizer.variables]
+        )
+        with optimizer.swapped_weights():
+            tfav.update_batch_norm(model, X / 300, verbose=0)
+            recomputed = statistics(layer)
+        with optimizer.swapped_weights():
+            assert same(statistics(layer), recomputed)
+
+    def test_statistics_for_raw_weights_stay_theirs(self):
+        model, optimizer, layer = trained(tf.distribute.get_strategy())
+        tfav.update_batch_norm(model, X / 300, verbose=0)
+        expect_statistics(layer, hidden(model))
+        raw = statistics(layer)
+        with optimizer.swapped_weights():
+            assert same(statistics(layer), raw)  # No other are known.
+        assert "exchanged" not in [slots.kind for slots in optimizer._averages]
+
+    def test_averaged_statistics_are_set_and_go_on_being_averaged(self):
+        model, optimizer, layer = trained(tf.distribute.get_strategy(), trainable_weights_only=False)
+        raw = statistics(layer)
+        with optimizer.swapped_weights():
+            tfav.update_batch_norm(model, X / 300, verbose=0)
+            recomputed = statistics(layer)
+        assert same(statistics(layer), raw)
+        count = int(optimizer.num_averaged)
+        model.fit(X / 300, X[:, 0], batch_size=70, verbose=0)
+        expected = recomputed[0] + (statistics(layer)[0] - recomputed[0]) / (count + 1)
+        np.testing.assert_allclose(
+            optimizer.get_slot(layer.moving_mean, "average").numpy(), expected, rtol=1e-5
+        )
+
+    @pytest.mark.parametrize("late", [False, True])
+    def test_checkpoint(self, tmp_path, late):
+        """Saved in either state, the statistics of both come back and are still not folded."""
+        for swapped in (False, True):
+            model, optimizer, layer = trained(tf.distribute.get_strategy())
+            raw = statistics(layer)
+            with optimizer.swapped_weights():
+                tfav.update_batch_norm(model, X / 300, verbose=0)
+                recomputed = statistics(layer)
+                if swapped:
+                    model.save_weights(tmp_path / "checkpoint")
+            if not swapped:
+                model.save_weights(tmp_path / "checkpoint")
+            tf_keras.utils.set_random_seed(5)
+            model, optimizer, layer = trained(tf.distribute.get_strategy())
+            if not late:
+                optimizer = tfav.SWA(tf_keras.optimizers.SGD(0.1), 0, 1)
+                model.compile(optimizer, "mse")
+            model.load_weights(tmp_path / "checkpoint")
+            optimizer.shadow_copy(model)
+            assert optimizer.weights_swapped == swapped
+            assert same(statistics(layer), recomputed if swapped else raw)
+            optimizer.swap_weights()
+            assert same(statistics(layer), raw if swapped else recomputed)
+            if not swapped:
+                optimizer.swap_weights()
+            model.fit(X / 300, X[:, 0], verbose=0)
+            optimizer.swap_weights()
+            assert same(statistics(layer), recomputed)
+
+
+@pytest.mark.parametrize("suffix", ["keras", "h5"])
+def test_file_written_while_swapped_is_ready_for_use(tmp_path, suffix):
+    model, optimizer, layer = trained(tf.distribute.get_strategy())
+    raw = [v.numpy() for v in model.trainable_variables]
+    with optimizer.swapped_weights():
+        tfav.update_batch_norm(model, X / 300, verbose=0)
+        before = state(model)
+        model.save(tmp_path / f"model.{suffix}")
+    loaded = tf_keras.models.load_model(tmp_path / f"model.{suffix}")
+    assert same(state(loaded), before)
+    loaded.optimizer.swap_weights()
+    assert same([v.numpy() for v in loaded.trainable_variables], raw)
+
+
+def test_swa_is_better_with_recomputed_statistics():
+    """What the function is for: with a high learning rate the raw statistics fit no average."""
+    model, optimizer, _ = trained(tf.distribute.get_strategy())
+    model.fit(X / 300, X[:, 0], epochs=30, verbose=0)
+    with optimizer.swapped_weights():
+        before = model.evaluate(X / 300, X[:, 0], verbose=0)
+        tfav.update_batch_norm(model, X / 300, verbose=0)
+        after = model.evaluate(X / 300, X[:, 0], verbose=0)
+    assert after < before

@@ -1,0 +1,813 @@
+# Copyright 2026 The tf_averaging Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The callbacks, seen by a callback that reads the weights at every hook."""
+
+import copy
+import signal
+
+import numpy as np
+import pytest
+import tensorflow as tf
+import tf_keras
+from absl import logging
+
+import tf_averaging as tfav
+
+X = np.random.default_rng(0).normal(size=(32, 4)).astype(np.float32)
+Y = X[:, :1] - 2.0 * X[:, 1:2]
+EPOCH = 4  # Steps in an epoch, of 8 samples each.
+FIT = {"batch_size": 8, "shuffle": False, "verbose": 0}
+HOOKS = [
+    "train_begin",
+    "train_end",
+    "epoch_begin",
+    "epoch_end",
+    "train_batch_begin",
+    "train_batch_end",
+    "test_begin",
+    "test_end",
+    "test_batch_begin",
+    "test_batch_end",
+    "predict_begin",
+    "predict_end",
+    "predict_batch_begin",
+    "predict_batch_end",
+]
+
+
+def compiled(strategy=None, optimizer=None, policy="float32", **options):
+    """A small model with an averaging optimizer, by default a mean over all steps."""
+    tf_keras.mixed_precision.set_global_policy(policy)
+    with (strategy or tf.distribute.get_strategy()).scope():
+        model = tf_keras.Sequential(
+            [
+                tf_keras.layers.Dense(3, input_shape=(4,), activation="tanh"),
+                tf_keras.layers.BatchNormalization(),
+                tf_keras.layers.Dense(1, dtype="float32"),
+            ]
+        )
+        model.compile(optimizer or tfav.SWA(tf_keras.optimizers.SGD(0.1), 0, 1), "mse", **options)
+    return model
+
+
+def trainable(model):
+    return [variable.numpy() for variable in model.trainable_variables]
+
+
+def same(first, second):
+    return all(np.array_equal(a, b) for a, b in zip(first, second))
+
+
+class Recorder(tf_keras.callbacks.Callback):
+    """Writes down, at every hook, what the model holds: raw weights, averages, or what?
+
+    Raw weights and their mean are kept here, in NumPy, from what the model holds after every batch.
+    """
+
+    def __init__(self, start=0, period=1):
+        super().__init__()
+        self.start, self.period = start, period
+        self.steps = 0
+        self.raw, self.mean, self.count = None, None, 0
+        self.seen = []
+        self.metrics = {}
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.raw = trainable(self.model)
+        if self.steps >= self.start and (self.steps - self.start) % self.period == 0:
+            weights = [value.astype(np.float64) for value in self.raw]
+            if self.mean is None:
+                self.mean = weights
+            self.count += 1
+            self.mean = [mean + (w - mean) / self.count for mean, w in zip(self.mean, weights)]
+        self.steps += 1
+        self.note("train_batch_end", logs)
+
+    def what(self):
+        weights = trainable(self.model) if self.model.built else []
+        if self.raw is None or (self.count <= 1 and same(weights, self.raw)):
+            return "same"
+        if same(weights, self.raw):
+            return "raw"
+        mean = self.mean or self.raw
+        if all(np.allclose(w, m, rtol=1e-5, atol=1e-6) for w, m in zip(weights, mean)):
+            return "averages"
+        return "neither"
+
+    def note(self, hook, logs):
+        self.seen.append((hook, self.what()))
+
+    def at(self, *hooks):
+        """What was seen at these hooks, without where the two are the same."""
+        return {what for hook, what in self.seen if hook in hooks and what != "same"}
+
+
+def _noting(hook):
+    return lambda self, *args, **kwargs: self.note(hook, kwargs.get("logs"))
+
+
+for _hook in HOOKS:
+    if _hook != "train_batch_end":
+        setattr(Recorder, f"on_{_hook}", _noting(_hook))
+
+TRAINING = ("epoch_begin", "train_batch_begin", "train_batch_end")
+EVALUATION = ("test_begin", "test_batch_begin", "test_batch_end")
+PREDICTION = ("predict_begin", "predict_batch_begin", "predict_batch_end")
+
+OPTIMIZERS = {
+    "plain": lambda: tfav.SWA(tf_keras.optimizers.SGD(0.1), 0, 1),
+    "legacy": lambda: tfav.SWA(tf_keras.optimizers.legacy.SGD(0.1), 0, 1),
+    "loss scale": lambda: tf_keras.mixed_precision.LossScaleOptimizer(
+        tfav.SWA(tf_keras.optimizers.SGD(0.1), 0, 1), initial_scale=2.0
+    ),
+    "nested": lambda: tfav.SWA(tfav.ExponentialMovingAverage(tf_keras.optimizers.SGD(0.1)), 0, 1),
+    "scaled and nested": lambda: tf_keras.mixed_precision.LossScaleOptimizer(
+        tfav.SWA(tfav.ExponentialMovingAverage(tf_keras.optimizers.SGD(0.1)), 0, 1)
+    ),
+}
+
+
+class TestWhatHooksSee:
+    @pytest.mark.parametrize(
+        ("optimizer", "swap_on_epoch"),
+        [("plain", False), *((name, True) for name in OPTIMIZERS)],
+    )
+    def test_fit_with_validation(self, strategy, optimizer, swap_on_epoch):
+        with strategy.scope():
+            model = compiled(strategy, OPTIMIZERS[optimizer]())
+        recorder = Recorder()
+        swap = tfav.callbacks.SwapAverageWeights(swap_on_epoch)
+        model.fit(X, Y, validation_data=(X, Y), epochs=3, callbacks=[swap, recorder], **FIT)
+        assert recorder.at(*TRAINING) == {"raw"}
+        assert recorder.at(*EVALUATION) == {"averages"}
+        assert recorder.at("test_end") == {"raw"}
+        resting = {"averages"} if swap_on_epoch else {"raw"}
+        assert recorder.at("epoch_end") == resting
+        assert recorder.at("train_end") == resting
+        assert {recorder.what()} == resting
+        assert swap.optimizer.weights_swapped == swap_on_epoch
+
+    @pytest.mark.parametrize("swap_on_epoch", [False, True])
+    def test_evaluate_and_predict_after_fit(self, strategy, swap_on_epoch):
+        model, recorder = compiled(strategy), Recorder()
+        swap = tfav.callbacks.SwapAverageWeights(swap_on_epoch)
+        model.fit(X, Y, epochs=2, callbacks=[swap, recorder], **FIT)
+        before = recorder.what()
+        recorder.seen.clear()
+        model.evaluate(X, Y, callbacks=[swap, recorder], verbose=0)
+        model.predict(X, callbacks=[swap, recorder], verbose=0)
+        assert recorder.at(*EVALUATION, *PREDICTION) == {"averages"}
+        assert recorder.at("test_end", "predict_end") == {before}
+        assert before == ("averages" if swap_on_epoch else "raw")
+
+    def test_fresh_callback_leaves_a_swap_by_hand_alone(self):
+        model, recorder = compiled(), Recorder()
+        model.fit(X, Y, callbacks=[recorder], **FIT)
+        model.optimizer.swap_weights()
+        model.evaluate(X, Y, callbacks=[tfav.callbacks.SwapAverageWeights(), recorder], verbose=0)
+        assert recorder.at("test_begin", "test_end") == {"averages"}
+        assert model.optimizer.weights_swapped
+
+    def test_before_the_first_update_all_is_the_same(self, strategy):
+        with strategy.scope():
+            model = compiled(strategy, tfav.SWA("sgd", start_averaging=EPOCH + 1))
+        recorder = Recorder(start=EPOCH + 1, period=10)
+        swap = tfav.callbacks.SwapAverageWeights(swap_on_epoch=True)
+        model.fit(X, Y, validation_data=(X, Y), callbacks=[swap, recorder], **FIT)
+        assert recorder.at(*HOOKS) == {"raw"} or recorder.at(*HOOKS) == set()
+        model.fit(X, Y, validation_data=(X, Y), callbacks=[swap, recorder], **FIT)
+        assert recorder.count == 1
+        assert recorder.at(*TRAINING) <= {"raw"}
+        assert recorder.what() == "averages"
+
+    def test_training_is_not_disturbed(self, strategy):
+        results = []
+        for swap_on_epoch in (None, False, True):
+            tf_keras.utils.set_random_seed(1)
+            model = compiled(strategy)
+            callbacks = []
+            if swap_on_epoch is not None:
+                callbacks = [tfav.callbacks.SwapAverageWeights(swap_on_epoch)]
+            model.fit(X, Y, validation_data=(X, Y), epochs=3, callbacks=callbacks, **FIT)
+            if swap_on_epoch:
+                model.optimizer.swap_weights()
+            results.append(trainable(model))
+        assert same(results[0], results[1])
+        assert same(results[0], results[2])
+
+    def test_fit_again(self, strategy):
+        model, recorder = compiled(strategy), Recorder()
+        callbacks = [tfav.callbacks.SwapAverageWeights(swap_on_epoch=True), recorder]
+        for _ in range(3):
+            model.fit(X, Y, validation_data=(X, Y), callbacks=callbacks, **FIT)
+        assert recorder.at(*TRAINING) == {"raw"}
+        assert recorder.at(*EVALUATION, "train_end") == {"averages"}
+
+    @pytest.mark.parametrize("trainable_only", [True, False])
+    def test_batch_norm_statistics_are_averaged_without_shadow_copy(self, trainable_only):
+        optimizer = tfav.SWA("sgd", 0, 1, trainable_weights_only=trainable_only)
+        model = compiled(optimizer=optimizer)
+        means = []
+        record = tf_keras.callbacks.LambdaCallback(
+            on_batch_end=lambda batch, logs: means.append(model.layers[1].moving_mean.numpy())
+        )
+        model.fit(X, Y, callbacks=[tfav.callbacks.SwapAverageWeights(True), record], **FIT)
+        expected = means[-1] if trainable_only else np.mean(means, axis=0)
+        np.testing.assert_allclose(model.layers[1].moving_mean.numpy(), expected, rtol=1e-5)
+
+    def test_unbuilt_model(self, strategy):
+        with strategy.scope():
+            model = tf_keras.Sequential([tf_keras.layers.Dense(1)])
+            model.compile(tfav.SWA("sgd", 0, 1), "mse")
+        recorder = Recorder()
+        callbacks = [tfav.callbacks.SwapAverageWeights(), recorder]
+        model.fit(X, Y, validation_data=(X, Y), epochs=2, callbacks=callbacks, **FIT)
+        assert recorder.at(*TRAINING) == {"raw"}
+        assert recorder.at(*EVALUATION) == {"averages"}
+
+    @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
+    def test_mixed_precision(self, strategy, policy):
+        with strategy.scope():  # With a loss scale at which no step is skipped.
+            optimizer = OPTIMIZERS["loss scale"]() if policy == "mixed_float16" else None
+        model, recorder = compiled(strategy, optimizer, policy), Recorder()
+        callbacks = [tfav.callbacks.SwapAverageWeights(), recorder]
+        model.fit(X, Y, validation_data=(X, Y), epochs=2, callbacks=callbacks, **FIT)
+        assert recorder.at(*EVALUATION) == {"averages"}
+        assert recorder.what() == "raw"
+
+    @pytest.mark.parametrize("options", [{"run_eagerly": True}, {"steps_per_execution": 2}])
+    def test_other_modes(self, options):
+        model = compiled(**options)
+        swap, held = tfav.callbacks.SwapAverageWeights(True), []
+        note = tf_keras.callbacks.LambdaCallback(
+            on_epoch_begin=lambda *_: held.append(model.optimizer.weights_swapped),
+            on_epoch_end=lambda *_: held.append(model.optimizer.weights_swapped),
+        )
+        model.fit(X, Y, validation_data=(X, Y), epochs=2, callbacks=[swap, note], **FIT)
+        assert held == [False, True, False, True]
+
+
+class Nested(tf_keras.callbacks.Callback):
+    """Evaluates inside the hooks of an evaluation, with or without telling the swap callback."""
+
+    def __init__(self, hook, callbacks):
+        super().__init__()
+        self.inside = False
+        self.callbacks = callbacks
+        setattr(self, hook, self.evaluate)
+        self.result = None
+
+    def evaluate(self, *args, **kwargs):
+        if not self.inside:
+            self.inside = True
+            self.result = self.model.evaluate(X, Y, callbacks=self.callbacks, verbose=0)
+            self.inside = False
+
+
+class TestNestedEvaluation:
+    @pytest.mark.parametrize("told", [False, True])
+    @pytest.mark.parametrize(
+        "hook",
+        [
+            "on_test_begin",
+            "on_test_batch_end",
+            "on_epoch_end",
+            "on_train_batch_end",
+        ],
+    )
+    def test_all_see_what_they_should(self, hook, told):
+        model, recorder = compiled(), Recorder()
+        swap = tfav.callbacks.SwapAverageWeights(swap_on_epoch=True)
+        nested = Nested(hook, [swap] if told else [])
+        callbacks = [swap, nested, recorder]
+        model.fit(X, Y, validation_data=(X, Y), epochs=2, callbacks=callbacks, **FIT)
+        assert recorder.at(*TRAINING) == {"raw"}
+        # Between the end of an inner evaluation and the outer one's next batch nothing is computed.
+        assert recorder.at("test_batch_begin") == {"averages"}
+        assert recorder.what() == "averages"
+
+    @pytest.mark.parametrize("swap_on_epoch", [False, True])
+    def test_evaluation_at_the_end_of_an_epoch_sees_what_is_in_the_model(self, swap_on_epoch):
+        model = compiled()
+        nested = Nested("on_epoch_end", [])
+        swap = tfav.callbacks.SwapAverageWeights(swap_on_epoch)
+        history = model.fit(X, Y, validation_data=(X, Y), callbacks=[swap, nested], **FIT).history
+        assert (abs(history["val_loss"][0] - nested.result) < 1e-6) == swap_on_epoch
+
+
+class Fail(tf_keras.callbacks.Callback):
+    """Leaves an evaluation, once."""
+
+    def __init__(self, leave):
+        super().__init__()
+        self.leave = leave
+
+    def on_test_batch_end(self, batch, logs=None):
+        leave, self.leave = self.leave, lambda: None
+        leave()
+
+
+def _raise():
+    raise RuntimeError("in the evaluation")
+
+
+LEAVING = {
+    "exception": (_raise, RuntimeError),
+    "Ctrl-C": (lambda: signal.raise_signal(signal.SIGINT), KeyboardInterrupt),
+}
+
+
+@pytest.mark.parametrize("leaving", LEAVING)
+class TestAfterAnEvaluationWasLeft:
+    def test_fit_goes_on_from_the_raw_weights(self, strategy, leaving):
+        leave, error = LEAVING[leaving]
+        model, recorder = compiled(strategy), Recorder()
+        swap = tfav.callbacks.SwapAverageWeights(swap_on_epoch=True)
+        callbacks = [swap, recorder, Fail(leave)]
+        with pytest.raises(error):
+            model.fit(X, Y, validation_data=(X, Y), callbacks=callbacks, **FIT)
+        assert recorder.what() == "averages"
+        raw = recorder.raw
+        recorder.seen.clear()
+        model.fit(X, Y, validation_data=(X, Y), callbacks=callbacks, **FIT)
+        assert recorder.at(*TRAINING) == {"raw"}
+        first = dict(reversed(recorder.seen))["train_begin"]
+        assert first == "raw"
+        assert not same(raw, recorder.raw)
+
+    def test_next_evaluation_restores(self, leaving):
+        leave, error = LEAVING[leaving]
+        model, recorder = compiled(), Recorder()
+        swap = tfav.callbacks.SwapAverageWeights()
+        model.fit(X, Y, callbacks=[swap, recorder], **FIT)
+        with pytest.raises(error):
+            model.evaluate(X, Y, callbacks=[swap, Fail(leave)], verbose=0)
+        assert recorder.what() == "averages"
+        model.evaluate(X, Y, callbacks=[swap], verbose=0)
+        assert recorder.what() == "raw"
+
+    def test_next_batch_heals(self, leaving):
+        """An evaluation inside `fit`, whose failure the caller survives."""
+        leave, error = LEAVING[leaving]
+        model, recorder = compiled(), Recorder()
+        swap = tfav.callbacks.SwapAverageWeights()
+
+        class Survive(tf_keras.callbacks.Callback):
+            def on_train_batch_end(self, batch, logs=None):
+                if batch == 2:
+                    with pytest.raises(error):
+                        self.model.evaluate(X, Y, callbacks=[swap, Fail(leave)], verbose=0)
+                    assert self.model.optimizer.weights_swapped
+
+        model.fit(X, Y, callbacks=[swap, recorder, Survive()], **FIT)
+        assert recorder.steps == EPOCH
+        assert recorder.at("train_batch_begin") == {"raw"}
+
+    def test_swapped_weights_restores_at_once(self, leaving):
+        leave, error = LEAVING[leaving]
+        model, recorder = compiled(), Recorder()
+        model.fit(X, Y, callbacks=[recorder], **FIT)
+        with pytest.raises(error), model.optimizer.swapped_weights():
+            model.evaluate(X, Y, callbacks=[Fail(leave)], verbose=0)
+        assert recorder.what() == "raw"
+
+
+class TestBeginEpoch:
+    def test_averages_from_that_epoch_on(self, strategy):
+        model = compiled(strategy)
+        recorder = Recorder(start=2 * EPOCH)
+        callbacks = [tfav.callbacks.SwapAverageWeights(begin_epoch=2), recorder]
+        model.fit(X, Y, validation_data=(X, Y), epochs=4, callbacks=callbacks, **FIT)
+        assert model.optimizer.start_averaging == 2 * EPOCH
+        assert recorder.count == model.optimizer.num_averaged == 2 * EPOCH
+        assert recorder.at(*EVALUATION) == {"averages"}
+        assert [what for hook, what in recorder.seen if hook == "test_begin"][:2] == ["same"] * 2
+
+    def test_model_trained_before_without_averaging(self):
+        """Steps taken earlier count; the function that took them is traced again."""
+        model = compiled(optimizer=tfav.SWA("sgd", 0, 1))
+        model.train_function = None
+        model.optimizer.inner_optimizer.build(model.trainable_variables)
+        model.optimizer.iterations.assign(100)
+        model.fit(X, Y, epochs=3, callbacks=[tfav.callbacks.SwapAverageWeights(begin_epoch=1)], **FIT)
+        assert model.optimizer.start_averaging == 100 + EPOCH
+        assert model.optimizer.num_averaged == 2 * EPOCH
+
+    def test_initial_epoch(self):
+        model = compiled()
+        callbacks = [tfav.callbacks.SwapAverageWeights(begin_epoch=5)]
+        model.fit(X, Y, initial_epoch=4, epochs=7, callbacks=callbacks, **FIT)
+        assert model.optimizer.start_averaging == EPOCH
+        assert model.optimizer.num_averaged == 2 * EPOCH
+
+    def test_resumed_training_keeps_the_start(self, tmp_path):
+        """From a checkpoint, with `initial_epoch` or without, before the start or after it."""
+        for trained, initial_epoch in [(1, 1), (1, 0), (4, 4), (4, 0)]:
+            model = compiled()
+            swap = tfav.callbacks.SwapAverageWeights(begin_epoch=2)
+            stop = tf_keras.callbacks.LambdaCallback(
+                on_epoch_end=lambda epoch, _, m=model, n=trained: setattr(
+                    m, "stop_training", epoch + 1 == n
+                )
+            )
+            model.fit(X, Y, epochs=5, callbacks=[swap, stop], **FIT)
+            model.save_weights(tmp_path / "checkpoint")
+            model = compiled()
+            model.load_weights(tmp_path / "checkpoint")
+            swap = tfav.callbacks.SwapAverageWeights(begin_epoch=2)
+            epochs = {"initial_epoch": initial_epoch, "epochs": initial_epoch + 4}
+            model.fit(X, Y, callbacks=[swap], **epochs, **FIT)
+            assert model.optimizer.start_averaging == 2 * EPOCH
+            assert model.optimizer.num_averaged == (trained + 4 - 2) * EPOCH
+
+    def test_fit_again_goes_on(self):
+        model = compiled()
+        callbacks = [tfav.callbacks.SwapAverageWeights(begin_epoch=1)]
+        model.fit(X, Y, epochs=2, callbacks=callbacks, **FIT)
+        model.fit(X, Y, epochs=1, callbacks=callbacks, **FIT)
+        assert model.optimizer.num_averaged == 2 * EPOCH
+
+    def test_with_a_period(self):
+        model = compiled(optimizer=tfav.SWA("sgd", 0, average_period=EPOCH))
+        callbacks = [tfav.callbacks.SwapAverageWeights(begin_epoch=1)]
+        model.fit(X, Y, epochs=3, callbacks=callbacks, **FIT)
+        assert model.optimizer.num_averaged == 2
+
+    def test_not_below_the_epochs(self):
+        with pytest.raises(ValueError, match="begin_epoch=3, epochs=3"):
+            compiled().fit(
+                X, Y, epochs=3, callbacks=[tfav.callbacks.SwapAverageWeights(begin_epoch=3)], **FIT
+            )
+
+    def test_unknown_steps(self):
+        batches = tf.data.Dataset.from_generator(
+            lambda: iter([(X, Y)] * 2),
+            output_signature=(tf.TensorSpec([None, 4]), tf.TensorSpec([None, 1])),
+        )
+        callbacks = [tfav.callbacks.SwapAverageWeights(begin_epoch=1)]
+        with pytest.raises(ValueError, match="steps_per_epoch"):
+            compiled().fit(batches, epochs=3, callbacks=callbacks, verbose=0)
+        model = compiled()
+        model.fit(batches.repeat(), steps_per_epoch=2, epochs=3, callbacks=callbacks, verbose=0)
+        assert model.optimizer.num_averaged == 4
+
+    def test_start_in_steps_too(self):
+        model = compiled(optimizer=tfav.ExponentialMovingAverage("sgd", start_step=7))
+        with pytest.raises(ValueError, match="begin_epoch=1, and an optimizer that starts at step 7"):
+            model.fit(X, Y, epochs=3, callbacks=[tfav.callbacks.SwapAverageWeights(begin_epoch=1)], **FIT)
+
+    def test_averaging_has_begun(self):
+        model = compiled()
+        model.fit(X, Y, **FIT)
+        with pytest.raises(ValueError, match="has begun already"):
+            model.fit(X, Y, epochs=3, callbacks=[tfav.callbacks.SwapAverageWeights(begin_epoch=1)], **FIT)
+
+
+@pytest.fixture
+def warnings(monkeypatch):
+    """What is logged as warnings."""
+    logged = []
+    monkeypatch.setattr(logging, "warning", lambda text, *values: logged.append(text % values))
+    return logged
+
+
+@pytest.mark.parametrize(("start", "warned"), [(2 * EPOCH - 1, False), (2 * EPOCH, True)])
+def test_start_beyond_the_training_is_a_warning(warnings, start, warned):
+    model = compiled(optimizer=tfav.SWA("sgd", start))
+    model.fit(X, Y, epochs=2, callbacks=[tfav.callbacks.SwapAverageWeights()], **FIT)
+    assert warnings == (
+        [
+            f"Nothing will be averaged: averaging starts at step {start}, and this training ends before "
+            f"step {2 * EPOCH} (2 epochs of {EPOCH} steps)."
+        ]
+        if warned
+        else []
+    )
+
+
+def test_model_loaded_without_averages_is_a_warning(warnings, tmp_path):
+    """The averages start from what was loaded."""
+    plain = compiled(optimizer=tf_keras.optimizers.SGD(0.1))
+    plain.fit(X, Y, **FIT)
+    plain.save(tmp_path / "plain.keras")
+    loaded = tf_keras.models.load_model(tmp_path / "plain.keras")
+    weights = trainable(loaded)
+    optimizer = tfav.ExponentialMovingAverage(loaded.optimizer, average_decay=1.0, dynamic_decay=False)
+    loaded.compile(optimizer, "mse")
+    loaded.fit(X, Y, callbacks=[tfav.callbacks.SwapAverageWeights(swap_on_epoch=True)], **FIT)
+    assert len(warnings) == 1
+    assert warnings[0].startswith(f"After {EPOCH} steps, averaging having started at step 0, the opt")
+    assert same(trainable(loaded), weights)  # A decay of 1 keeps what the averages started from.
+
+
+class TestErrors:
+    @pytest.mark.parametrize("optimizer", ["sgd", tf_keras.optimizers.legacy.Adam()])
+    @pytest.mark.parametrize(
+        "callback",
+        [
+            tfav.callbacks.SwapAverageWeights(),
+            tfav.callbacks.AverageModelCheckpoint(False, "unused"),
+        ],
+    )
+    def test_optimizer_that_does_not_average(self, optimizer, callback):
+        model = compiled(optimizer=optimizer)
+        with pytest.raises(ValueError, match=r"model.compile\(tf_averaging.ExponentialMovingAverage"):
+            model.fit(X, Y, callbacks=[callback], **FIT)
+
+    def test_model_that_is_not_compiled(self):
+        model = tf_keras.Sequential([tf_keras.layers.Dense(1, input_shape=(4,))])
+        with pytest.raises(ValueError, match="compiled with: None"):
+            model.predict(X, callbacks=[tfav.callbacks.SwapAverageWeights()], verbose=0)
+
+    def test_wrong_arguments(self):
+        with pytest.raises(TypeError, match="swap_on_epoch=1"):
+            tfav.callbacks.SwapAverageWeights(1)
+        with pytest.raises(TypeError, match="begin_epoch=1.5"):
+            tfav.callbacks.SwapAverageWeights(begin_epoch=1.5)
+        with pytest.raises(ValueError, match="begin_epoch=-1"):
+            tfav.callbacks.SwapAverageWeights(begin_epoch=-1)
+        with pytest.raises(TypeError, match="update_weights='model.keras'"):
+            tfav.callbacks.AverageModelCheckpoint("model.keras", "val_loss")
+
+
+class TestResume:
+    """From files written while the averages were in the model."""
+
+    @pytest.mark.parametrize("format_", ["keras", "checkpoint", "h5"])
+    def test_goes_on_from_the_raw_weights(self, tmp_path, format_):
+        model, recorder = compiled(), Recorder()
+        swap = tfav.callbacks.SwapAverageWeights(swap_on_epoch=True)
+        model.fit(X, Y, epochs=2, callbacks=[swap, recorder], **FIT)
+        averages = trainable(model)
+        path = tmp_path / f"model.{format_}"
+        if format_ == "checkpoint":
+            model.save_weights(path)
+            model = compiled()
+            model.load_weights(path)
+        else:
+            model.save(path)
+            model = tf_keras.models.load_model(path)
+        assert same(trainable(model), averages)  # Ready for use as it is.
+        swap, seen = tfav.callbacks.SwapAverageWeights(), []
+        read = tf_keras.callbacks.LambdaCallback(
+            on_train_begin=lambda _: seen.append(trainable(model)),
+            on_test_batch_begin=lambda *_: seen.append(trainable(model)),
+        )
+        model.evaluate(X, Y, callbacks=[swap, read], batch_size=len(X), verbose=0)
+        model.fit(X, Y, callbacks=[swap, read], **FIT)
+        assert same(seen[0], averages)
+        assert same(seen[1], recorder.raw)
+        assert model.optimizer.num_averaged == 3 * EPOCH
+
+    @pytest.mark.parametrize("place", ["before", "after"])
+    def test_backup_and_restore(self, tmp_path, place):
+        """A training that is interrupted and run again is the training that was not."""
+        results = []
+        for interrupted in (False, True):
+            tf_keras.utils.set_random_seed(3)
+            for interruption in [3, None] if interrupted else [None]:
+                model = compiled()
+                backup = tf_keras.callbacks.BackupAndRestore(tmp_path / f"{place}{interrupted}")
+                swap = tfav.callbacks.SwapAverageWeights(swap_on_epoch=True, begin_epoch=1)
+                callbacks = [swap, backup] if place == "after" else [backup, swap]
+
+                def interrupt(epoch, logs, at=interruption):
+                    if epoch == at:
+                        raise RuntimeError("preempted")
+
+                callbacks.append(tf_keras.callbacks.LambdaCallback(on_epoch_begin=interrupt))
+                if interruption is None:
+                    model.fit(X, Y, epochs=5, callbacks=callbacks, **FIT)
+                else:
+                    with pytest.raises(RuntimeError, match="preempted"):
+                        model.fit(X, Y, epochs=5, callbacks=callbacks, **FIT)
+                    tf_keras.utils.set_random_seed(4)
+            averages = trainable(model)
+            assert model.optimizer.weights_swapped
+            model.optimizer.swap_weights()
+            results.append(averages + trainable(model) + [model.optimizer.num_averaged.numpy()])
+        assert results[0][-1] == 4 * EPOCH
+        assert same(*results)
+
+
+class TestAverageModelCheckpoint:
+    @pytest.mark.parametrize("weights_only", [False, True])
+    @pytest.mark.parametrize("suffix", [".keras", ".h5", "", ".weights.h5"])
+    def test_files_hold_the_averages(self, strategy, tmp_path, suffix, weights_only):
+        if suffix == ".keras" and weights_only:
+            pytest.skip("ModelCheckpoint refuses it")
+        if suffix == ".weights.h5" and not weights_only:
+            pytest.skip("ModelCheckpoint refuses it")
+        model, recorder = compiled(strategy), Recorder()
+        path = str(tmp_path / "model") + suffix
+        checkpoint = tfav.callbacks.AverageModelCheckpoint(False, path, save_weights_only=weights_only)
+        model.fit(X, Y, callbacks=[checkpoint, recorder], **FIT)
+        assert recorder.what() == "raw"
+        assert recorder.at("epoch_end", "train_end") == {"raw"}
+        if weights_only:
+            loaded = compiled()
+            loaded.load_weights(path)
+        else:
+            loaded = tf_keras.models.load_model(path)
+        for value, mean in zip(trainable(loaded), recorder.mean):
+            np.testing.assert_allclose(value, mean, rtol=1e-5, atol=1e-6)
+
+    def test_update_weights_leaves_the_averages_in_the_model(self, strategy, tmp_path):
+        model, recorder = compiled(strategy), Recorder()
+        checkpoint = tfav.callbacks.AverageModelCheckpoint(True, str(tmp_path / "{epoch}.keras"))
+        model.fit(X, Y, callbacks=[checkpoint, recorder], **FIT)
+        assert recorder.what() == "averages"
+        assert not model.optimizer.weights_swapped
+        averages = trainable(model)
+        loaded = tf_keras.models.load_model(tmp_path / "1.keras")
+        assert same(trainable(loaded), averages)
+        begun = []
+        begin = tf_keras.callbacks.LambdaCallback(
+            on_epoch_begin=lambda *_: begun.append(trainable(model))
+        )
+        model.fit(X, Y, callbacks=[begin], **FIT)  # Training goes on from them.
+        assert same(begun[0], averages)
+
+    def test_every_few_batches(self, tmp_path):
+        model, recorder = compiled(), Recorder()
+        means = []
+        note = tf_keras.callbacks.LambdaCallback(
+            on_batch_end=lambda batch, logs: means.append([value.copy() for value in recorder.mean])
+        )
+        checkpoint = tfav.callbacks.AverageModelCheckpoint(
+            False, str(tmp_path / "{epoch}-{batch}"), save_weights_only=True, save_freq=3
+        )
+        model.fit(X, Y, epochs=3, callbacks=[recorder, note, checkpoint], **FIT)
+        assert recorder.at("train_batch_begin", "train_batch_end") == {"raw"}
+        written = sorted(path.stem for path in tmp_path.glob("*.index"))
+        assert written == ["1-3", "2-2", "3-1", "3-4"]
+        for name in written:
+            epoch, batch = map(int, name.split("-"))
+            loaded = compiled()
+            loaded.load_weights(tmp_path / name).expect_partial()
+            for value, mean in zip(trainable(loaded), means[(epoch - 1) * EPOCH + batch - 1]):
+                np.testing.assert_allclose(value, mean, rtol=1e-5, atol=1e-6)
+
+    @pytest.mark.parametrize("swap_on_epoch", [False, True])
+    def test_best_is_the_best_average(self, tmp_path, swap_on_epoch):
+        model = compiled(optimizer=tfav.ExponentialMovingAverage(tf_keras.optimizers.SGD(0.3)))
+        path = tmp_path / "best.keras"
+        history = model.fit(
+            X,
+            Y,
+            validation_data=(X, Y),
+            epochs=8,
+            callbacks=[
+                tfav.callbacks.SwapAverageWeights(swap_on_epoch),
+                tfav.callbacks.AverageModelCheckpoint(False, str(path), save_best_only=True),
+            ],
+            **FIT,
+        ).history["val_loss"]
+        loss = tf_keras.models.load_model(path).evaluate(X, Y, verbose=0)
+        np.testing.assert_allclose(loss, min(history), rtol=1e-5)
+
+    def test_file_resumes_from_the_raw_weights(self, tmp_path):
+        model, recorder = compiled(), Recorder()
+        checkpoint = tfav.callbacks.AverageModelCheckpoint(False, str(tmp_path / "model.keras"))
+        model.fit(X, Y, callbacks=[checkpoint, recorder], **FIT)
+        loaded = tf_keras.models.load_model(tmp_path / "model.keras")
+        assert loaded.optimizer.weights_swapped
+        loaded.optimizer.swap_weights()
+        assert same(trainable(loaded), recorder.raw)
+
+    def test_while_swapped_it_saves_as_is(self, tmp_path):
+        model = compiled()
+        model.fit(X, Y, **FIT)
+        checkpoint = tfav.callbacks.AverageModelCheckpoint(True, str(tmp_path / "model.keras"))
+        checkpoint.set_model(model)
+        model.optimizer.swap_weights()
+        averages = trainable(model)
+        checkpoint.on_epoch_end(0)
+        assert model.optimizer.weights_swapped
+        assert same(trainable(tf_keras.models.load_model(tmp_path / "model.keras")), averages)
+
+    def test_before_the_first_update_it_saves_the_weights(self, tmp_path):
+        model = compiled(optimizer=tfav.SWA("sgd", start_averaging=1000))
+        checkpoint = tfav.callbacks.AverageModelCheckpoint(True, str(tmp_path / "model.keras"))
+        model.fit(X, Y, callbacks=[checkpoint], **FIT)
+        assert same(trainable(tf_keras.models.load_model(tmp_path / "model.keras")), trainable(model))
+
+    @pytest.mark.parametrize("order", [1, -1])
+    def test_update_weights_with_swap_on_epoch_is_an_error(self, tmp_path, order):
+        callbacks = [
+            tfav.callbacks.SwapAverageWeights(swap_on_epoch=True),
+            tfav.callbacks.AverageModelCheckpoint(True, str(tmp_path / "model.keras")),
+        ]
+        model = compiled()
+        with pytest.raises(ValueError, match="either that or `update_weights=True`, not both"):
+            model.fit(X, Y, callbacks=callbacks[::order], **FIT)
+        model.fit(X, Y, callbacks=callbacks[1:], **FIT)  # Alone it is right.
+
+    def test_failed_write_leaves_the_raw_weights(self, tmp_path):
+        model, recorder = compiled(), Recorder()
+        (tmp_path / "model.h5").mkdir()
+        checkpoint = tfav.callbacks.AverageModelCheckpoint(False, str(tmp_path / "model.h5"))
+        with pytest.raises(OSError, match="directory"):
+            model.fit(X, Y, callbacks=[recorder, checkpoint], **FIT)
+        assert recorder.what() == "raw"
+
+
+class TestOtherCallbacks:
+    """Those that people use already, beside ours."""
+
+    def test_early_stopping_keeps_the_best_averages(self):
+        model = compiled(optimizer=tfav.ExponentialMovingAverage(tf_keras.optimizers.SGD(0.3)))
+        swap = tfav.callbacks.SwapAverageWeights(swap_on_epoch=True)
+        stop = tf_keras.callbacks.EarlyStopping("val_loss", patience=2, restore_best_weights=True)
+        fit = {"validation_data": (X, Y), "callbacks": [swap, stop], **FIT}
+        history = model.fit(X, Y, epochs=50, **fit).history["val_loss"]
+        assert len(history) < 50
+        assert model.optimizer.weights_swapped
+        np.testing.assert_allclose(model.evaluate(X, Y, verbose=0), min(history), rtol=1e-5)
+        raw = [model.optimizer.get_slot(v, "average").numpy() for v in model.trainable_variables]
+        begun = []
+        begin = tf_keras.callbacks.LambdaCallback(
+            on_epoch_begin=lambda *_: begun.append(trainable(model))
+        )
+        model.fit(X, Y, callbacks=[swap, begin], **FIT)
+        assert same(begun[0], raw)
+
+    def test_model_checkpoint_after_the_swap_saves_the_averages(self, tmp_path):
+        model, recorder = compiled(), Recorder()
+        swap = tfav.callbacks.SwapAverageWeights(swap_on_epoch=True)
+        checkpoint = tf_keras.callbacks.ModelCheckpoint(str(tmp_path / "model.keras"))
+        model.fit(X, Y, callbacks=[swap, checkpoint, recorder], **FIT)
+        loaded = tf_keras.models.load_model(tmp_path / "model.keras")
+        for value, mean in zip(trainable(loaded), recorder.mean):
+            np.testing.assert_allclose(value, mean, rtol=1e-5, atol=1e-6)
+
+    def test_learning_rate_callbacks(self):
+        model = compiled()
+        schedule = tf_keras.callbacks.LearningRateScheduler(lambda epoch, rate: rate / 2)
+        plateau = tf_keras.callbacks.ReduceLROnPlateau("loss", factor=0.1, patience=1, min_delta=1e9)
+        swap = tfav.callbacks.SwapAverageWeights(swap_on_epoch=True)
+        history = model.fit(X, Y, epochs=3, callbacks=[swap, schedule, plateau], **FIT).history
+        np.testing.assert_allclose(history["lr"], [0.05, 0.025, 0.00125], rtol=1e-5)
+
+    def test_tensor_board(self, tmp_path):
+        """With the graph, and with what the recipe in the docstring adds to the logs."""
+        pytest.importorskip("tensorboard")
+        model = compiled(optimizer=tfav.ExponentialMovingAverage("sgd", dynamic_decay=False))
+        board = tf_keras.callbacks.TensorBoard(tmp_path, histogram_freq=1, write_graph=True)
+        swap = tfav.callbacks.SwapAverageWeights(swap_on_epoch=True)
+        note = tf_keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: logs.update(decay=0.99))
+        model.fit(X, Y, validation_data=(X, Y), epochs=2, callbacks=[swap, note, board], **FIT)
+        tags = set()
+        for path in (tmp_path / "train").glob("events*"):
+            for event in tf.compat.v1.train.summary_iterator(str(path)):
+                tags |= {value.tag for value in event.summary.value}
+        assert {"epoch_loss", "epoch_decay", "keras"} <= tags
+
+    def test_terminate_on_nan(self):
+        model = compiled()
+        model.fit(X, Y, **FIT)
+        swap = tfav.callbacks.SwapAverageWeights(swap_on_epoch=True)
+        stop = tf_keras.callbacks.TerminateOnNaN()
+        bad = np.full_like(X, np.nan)
+        model.fit(bad, Y, validation_data=(X, Y), epochs=3, callbacks=[swap, stop], **FIT)
+        assert model.optimizer.num_averaged == EPOCH + 1
+        assert model.optimizer.weights_swapped
+
+    def test_csv_logger(self, tmp_path):
+        model = compiled()
+        log = tf_keras.callbacks.CSVLogger(tmp_path / "log.csv")
+        swap = tfav.callbacks.SwapAverageWeights()
+        history = model.fit(X, Y, validation_data=(X, Y), epochs=2, callbacks=[swap, log], **FIT).history
+        rows = np.genfromtxt(tmp_path / "log.csv", delimiter=",", names=True)
+        np.testing.assert_allclose(rows["val_loss"], history["val_loss"], rtol=1e-6)
+
+    def test_compiled_again_for_each_trial(self):
+        """As a tuner does: new models, deep copies of one list of callbacks, and new optimizers."""
+        given = [tfav.callbacks.SwapAverageWeights(swap_on_epoch=True)]
+        for rate in (0.1, 0.01):
+            model = compiled(optimizer=tfav.SWA(tf_keras.optimizers.SGD(rate), 0, 1))
+            recorder = Recorder()
+            callbacks = [*copy.deepcopy(given), recorder]
+            model.fit(X, Y, validation_data=(X, Y), epochs=2, callbacks=callbacks, **FIT)
+            assert recorder.at(*EVALUATION) == {"averages"}
+            assert recorder.at(*TRAINING) == {"raw"}
+
+    def test_same_model_compiled_again(self):
+        model, swap = compiled(), tfav.callbacks.SwapAverageWeights()
+        for _ in range(2):
+            recorder = Recorder()
+            model.compile(tfav.SWA("sgd", 0, 1), "mse")
+            model.fit(X, Y, validation_data=(X, Y), epochs=2, callbacks=[swap, recorder], **FIT)
+            assert recorder.at(*EVALUATION) == {"averages"}
+            assert recorder.at(*TRAINING) == {"raw"}

@@ -1,0 +1,755 @@
+# Copyright 2026 The tf_averaging Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What must hold under every strategy that runs the same step on all replicas.
+
+Each check takes a strategy, trains something small, and compares with arithmetic in NumPy, float64. In a
+cluster all workers run the same checks in the same order; what `report` prints must then agree.
+"""
+
+import hashlib
+import traceback
+from typing import Callable, Iterable, List, Optional, Sequence
+
+import numpy as np
+import pytest
+import tensorflow as tf
+import tf_keras
+
+import tf_averaging as tfav
+
+STEPS = 5
+BATCH = 8  # On all replicas together.
+INPUTS, HIDDEN = 64, 300  # Enough for the kernel to be folded by compiled code.
+
+_random = np.random.default_rng(0)
+X = _random.normal(size=(STEPS, BATCH, INPUTS)).astype(np.float32)
+Y = (X[:, :, :1] - 2.0 * X[:, :, 1:2]).astype(np.float32)
+
+SGD = {"current": tf_keras.optimizers.SGD, "legacy": tf_keras.optimizers.legacy.SGD}
+
+
+tf.get_logger().setLevel("ERROR")  # Many small functions are traced here, which TensorFlow remarks upon.
+
+
+def run(checks: Iterable[Callable], strategy: tf.distribute.Strategy, keep_going: bool) -> bool:
+    """Runs checks and prints what became of each; whether all passed."""
+    passed = True
+    for check in checks:
+        tf_keras.utils.set_random_seed(0)
+        print(f"[running] {check.__name__}")
+        try:
+            check(strategy)
+        except Exception:
+            traceback.print_exc()
+            print(f"[failed] {check.__name__}")
+            if not keep_going:
+                raise
+            passed = False
+        else:
+            print(f"[passed] {check.__name__}")
+        tf_keras.mixed_precision.set_global_policy("float32")
+    return passed
+
+
+def report(name: str, variables: Sequence[tf.Variable]) -> None:
+    """Prints a digest of all that this process holds of the variables."""
+    digest = hashlib.sha256()
+    for variable in variables:
+        for value in bits(variable):
+            digest.update(value)
+    print(f"[digest] {name} {digest.hexdigest()}")
+
+
+# Reading what each replica holds.
+
+
+def values(variable: tf.Variable) -> List[np.ndarray]:
+    """The value on each replica of this process."""
+    return [component.numpy() for component in getattr(variable, "values", [variable])]
+
+
+def bits(variable: tf.Variable) -> List[bytes]:
+    return [value.tobytes() for value in values(variable)]
+
+
+def all_bits(*groups: Sequence[tf.Variable]) -> list:
+    return [bits(variable) for group in groups for variable in group]
+
+
+def same_on_all_replicas(variable: tf.Variable) -> np.ndarray:
+    """The value, which must be the same, bit for bit, on all replicas."""
+    assert len(set(bits(variable))) == 1, f"{variable.name} differs between the replicas"
+    return values(variable)[0]
+
+
+def average_of(optimizer, variable: tf.Variable) -> np.ndarray:
+    return same_on_all_replicas(optimizer.get_slot(variable, "average"))
+
+
+def wrapper_of(optimizer):
+    """The averaging optimizer, below a LossScaleOptimizer that `compile` may have added."""
+    return getattr(optimizer, "inner_optimizer", optimizer) if _scales_loss(optimizer) else optimizer
+
+
+def _scales_loss(optimizer) -> bool:
+    return isinstance(optimizer, tf_keras.mixed_precision.LossScaleOptimizer)
+
+
+# What is expected.
+
+
+def expected_average(recorded, start: int, period: int, weight: Callable[[int, int], float]):
+    """The average, from its definition; `recorded[t + 1]` are the weights after step t.
+
+    Args:
+      recorded: arrays, the first from before training.
+      start: first step that is averaged.
+      period: steps from one update to the next.
+      weight: function of the steps since `start` and the number of updates so far.
+    """
+    recorded = np.asarray(recorded, np.float64)
+    average = recorded[start]
+    for updates, step in enumerate(range(start, len(recorded) - 1, period)):
+        average = average + weight(step - start, updates) * (recorded[step + 1] - average)
+    return average
+
+
+def mean_weight(since_start: int, updates: int) -> float:
+    return 1.0 / (updates + 1)
+
+
+def ema_weight(since_start: int, updates: int) -> float:
+    """Of `ExponentialMovingAverage(average_decay=0.9)`."""
+    return 1.0 - min(0.9, (1 + since_start) / (10 + since_start))
+
+
+def swa(generation="current", **options):
+    return tfav.SWA(SGD[generation](0.02, momentum=0.9), 1, 2, **options), (1, 2, mean_weight)
+
+
+def ema(generation="current", **options):
+    inner = SGD[generation](0.02, momentum=0.9)
+    return tfav.ExponentialMovingAverage(inner, average_decay=0.9, **options), (0, 1, ema_weight)
+
+
+def assert_close(actual, expected, tolerance=2e-6) -> None:
+    np.testing.assert_allclose(
+        actual, expected, rtol=0, atol=tolerance * max(1.0, np.max(np.abs(expected)))
+    )
+
+
+def assert_averages(optimizer, variables, recorded, scheme) -> None:
+    """The averages of all variables follow from the recorded weights, the same on all replicas."""
+    for index, variable in enumerate(variables):
+        expected = expected_average([weights[index] for weights in recorded], *scheme)
+        assert_close(average_of(optimizer, variable), expected)
+
+
+# A model and its training.
+
+
+def new_model(strategy, batch_norm: Optional[type] = None, **options):
+    tf_keras.utils.set_random_seed(1)
+    with strategy.scope():
+        layers = [tf_keras.layers.Dense(HIDDEN, activation="relu", input_shape=(INPUTS,))]
+        if batch_norm is not None:
+            layers.append(batch_norm(momentum=0.5, **options))
+        return tf_keras.Sequential([*layers, tf_keras.layers.Dense(1, dtype="float32")])
+
+
+def compiled(strategy, make, batch_norm: Optional[type] = None, **options):
+    """A model with an optimizer that `make` returns, and the numbers of its scheme."""
+    model = new_model(strategy, batch_norm, **options)
+    with strategy.scope():
+        optimizer, scheme = make()
+        model.compile(optimizer, "mse")
+    return model, optimizer, scheme
+
+
+def batches(strategy, repeat: int = 1):
+    """The same global batches whatever the number of replicas, each replica getting its rows."""
+
+    def input_pipeline(context=None):
+        pipelines = context.num_input_pipelines if context else 1
+        index = context.input_pipeline_id if context else 0
+        rows = BATCH // pipelines
+        x = X[:, index * rows : (index + 1) * rows].reshape(-1, INPUTS)
+        y = Y[:, index * rows : (index + 1) * rows].reshape(-1, 1)
+        replicas = context.num_replicas_in_sync if context else 1
+        return tf.data.Dataset.from_tensor_slices((x, y)).batch(BATCH // replicas).repeat(repeat)
+
+    return strategy.distribute_datasets_from_function(input_pipeline)
+
+
+class Record(tf_keras.callbacks.Callback):
+    """Keeps the trained weights before and after each step."""
+
+    def on_train_begin(self, logs=None):
+        self.weights = [self._now()]
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.weights.append(self._now())
+
+    def _now(self):
+        return [same_on_all_replicas(variable) for variable in self.model.trainable_variables]
+
+
+def train(model, strategy, epochs: int = 1) -> list:
+    """Takes `STEPS` steps in each epoch; returns the weights before and after each of all steps."""
+    record = Record()
+    data = batches(strategy, repeat=epochs)
+    model.fit(data, epochs=epochs, steps_per_epoch=STEPS, verbose=0, callbacks=[record])
+    return record.weights
+
+
+def evaluate(model, strategy) -> float:
+    return model.evaluate(batches(strategy), steps=STEPS, verbose=0)
+
+
+GUARD = "swap_weights"  # What both forms of the guard name.
+
+
+# The checks: `fit`.
+
+
+def fit_follows_one_device(strategy):
+    """Weights as on one device with the same batches; averages as NumPy has them, on all replicas."""
+    for make in (lambda: swa("legacy"), ema):
+        model, optimizer, scheme = compiled(strategy, make)
+        recorded = train(model, strategy, epochs=2)
+        one_device = tf.distribute.get_strategy()
+        reference, _, _ = compiled(one_device, make)
+        for weights, expected in zip(recorded, train(reference, one_device, epochs=2)):
+            for actual, value in zip(weights, expected):
+                assert_close(actual, value, tolerance=1e-5)
+        assert_averages(optimizer, model.trainable_variables, recorded, scheme)
+        start, period, _ = scheme
+        assert same_on_all_replicas(optimizer.iterations) == 2 * STEPS
+        assert optimizer.num_averaged == len(range(start, 2 * STEPS, period))
+        report("fit", [*model.variables, *optimizer.variables])
+
+
+def averages_lie_with_the_variables(strategy):
+    model, optimizer, _ = compiled(strategy, ema)
+    train(model, strategy)
+    for variable in model.trainable_variables:
+        average = optimizer.get_slot(variable, "average")
+        places = [
+            [component.device for component in getattr(v, "values", [v])] for v in (variable, average)
+        ]
+        assert places[0] == places[1], places
+
+
+def swap_around_evaluate(strategy):
+    """The averages are what is evaluated, before `fit` too; training goes on as if nothing had been."""
+    model, optimizer, _ = compiled(strategy, ema)
+    optimizer.shadow_copy(model)
+    before = evaluate(model, strategy)
+    with optimizer.swapped_weights():
+        assert evaluate(model, strategy) == before
+    train(model, strategy)
+    state = all_bits(model.variables, optimizer.variables)
+    raw = evaluate(model, strategy)
+    with optimizer.swapped_weights():
+        assert optimizer.weights_swapped
+        averaged = evaluate(model, strategy)
+        report("evaluated", model.variables)
+    assert all_bits(model.variables, optimizer.variables) == state
+    assert evaluate(model, strategy) == raw
+
+    one_device = tf.distribute.get_strategy()
+    reference = new_model(one_device)
+    reference.compile("sgd", "mse")
+    reference.set_weights([average_of(optimizer, variable) for variable in model.trainable_variables])
+    np.testing.assert_allclose(averaged, evaluate(reference, one_device), rtol=1e-4)
+    assert abs(averaged - raw) > 1e-3 * raw
+
+    undisturbed, other, _ = compiled(strategy, ema)
+    train(undisturbed, strategy)
+    train(model, strategy)
+    train(undisturbed, strategy)
+    expected = all_bits(undisturbed.trainable_variables, other.variables)
+    assert all_bits(model.trainable_variables, optimizer.variables) == expected
+
+
+def training_while_swapped_fails_and_moves_nothing(strategy):
+    for make in (lambda: ema("legacy"), swa):
+        model, optimizer, _ = compiled(strategy, make)
+        train(model, strategy)
+        optimizer.swap_weights()
+        state = all_bits(model.variables, optimizer.variables)
+        with pytest.raises(tf.errors.InvalidArgumentError, match=GUARD):
+            train(model, strategy)
+        assert all_bits(model.variables, optimizer.variables) == state
+        optimizer.swap_weights()
+        train(model, strategy)
+        assert same_on_all_replicas(optimizer.iterations) == 2 * STEPS
+
+
+# The checks: batch normalization, and other variables that differ between the replicas.
+
+
+def _batch_norm_is_averaged(strategy, layer, **options):
+    model, optimizer, scheme = compiled(
+        strategy, lambda: ema(trainable_weights_only=False), layer, **options
+    )
+    optimizer.shadow_copy(model)
+    statistics = [v for v in model.non_trainable_variables if "moving" in v.name]
+    assert len(statistics) == 2
+    own = []
+
+    class RecordOwn(tf_keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            own.append([values(v) for v in statistics])
+
+    record = Record()
+    model.fit(
+        batches(strategy), steps_per_epoch=STEPS, epochs=1, verbose=0, callbacks=[record, RecordOwn()]
+    )
+    assert_averages(optimizer, model.trainable_variables, record.weights, scheme)
+    own.insert(0, own[0])  # The optimizer's first step begins after the forward pass has updated them.
+    expected = []
+    for index, variable in enumerate(statistics):
+        average = values(optimizer.get_slot(variable, "average"))
+        expected.append(
+            [
+                expected_average([step[index][replica] for step in own], *scheme)
+                for replica in range(len(average))
+            ]
+        )
+        for actual, value in zip(average, expected[-1]):
+            assert_close(actual, value)
+    return model, optimizer, statistics, expected
+
+
+def batch_norm_statistics_are_averaged(strategy):
+    """Each replica's own, where it has its own; a reader sees what the variable's aggregation says."""
+    layer = tf_keras.layers.BatchNormalization
+    model, optimizer, statistics, expected = _batch_norm_is_averaged(strategy, layer)
+    state = all_bits(model.variables, optimizer.variables)
+    with optimizer.swapped_weights():
+        for variable, averages in zip(statistics, expected):
+            for value, average in zip(values(variable), averages):
+                assert_close(value, average)
+            assert_close(_as_read(strategy, variable), _mean_of_all(strategy, variable))
+        report("swapped batch norm", model.trainable_variables)
+    assert all_bits(model.variables, optimizer.variables) == state  # Each replica's own, bit for bit.
+
+    optimizer.assign_average_vars(model.variables)
+    for variable, averages in zip(statistics, expected):
+        for value, average in zip(values(variable), averages):
+            assert_close(value, average)
+
+
+def synchronized_batch_norm_is_averaged(strategy):
+    layer = tf_keras.layers.BatchNormalization
+    model, _, statistics, _ = _batch_norm_is_averaged(strategy, layer, synchronized=True)
+    for variable in statistics:
+        for value in values(variable):
+            assert_close(value, values(variable)[0])
+    report("synchronized batch norm", model.trainable_variables)
+
+
+def _as_read(strategy, variable) -> np.ndarray:
+    with strategy.scope():
+        return variable.read_value().numpy()
+
+
+def _mean_of_all(strategy, variable) -> np.ndarray:
+    """The mean over all replicas of all processes, without the variable's own aggregation."""
+
+    @tf.function
+    def gathered():
+        def on_replica():
+            context = tf.distribute.get_replica_context()
+            return context.all_gather(tf.identity(variable)[tf.newaxis], axis=0)
+
+        return strategy.experimental_local_results(strategy.run(on_replica))[0]
+
+    return np.mean(gathered().numpy().astype(np.float64), axis=0)
+
+
+def on_read_variables_keep_their_own_values(strategy):
+    """A sum, as of a metric: each replica's part is averaged, and comes back bit for bit."""
+    with strategy.scope():
+        weight = tf.Variable(1.0)
+        total = tf.Variable(
+            0.0,
+            trainable=False,
+            synchronization=tf.VariableSynchronization.ON_READ,
+            aggregation=tf.VariableAggregation.SUM,
+        )
+        optimizer = tfav.SWA(tf_keras.optimizers.SGD(0.0), 0, 1)
+    optimizer.shadow_copy([weight, total])
+
+    @tf.function
+    def step(amount):
+        def on_replica():
+            context = tf.distribute.get_replica_context()
+            total.assign_add(amount * (1.1 + tf.cast(context.replica_id_in_sync_group, tf.float32)))
+            optimizer.apply_gradients([(tf.constant(1.0), weight)])
+
+        strategy.run(on_replica)
+
+    own = []
+    for amount in (1.0, 5.0):
+        step(tf.constant(amount))
+        own.append(np.array(values(total), np.float64))
+    average = optimizer.get_slot(total, "average")
+    expected = np.mean(own, axis=0)
+    np.testing.assert_allclose(values(average), expected, rtol=1e-6)
+    before = bits(total), bits(average)
+    for swap in (optimizer.swap_weights, tf.function(lambda: strategy.run(optimizer.swap_weights))):
+        swap()
+        assert (bits(average), bits(total)) == before
+        if not _shares_variables(strategy):
+            replicas = strategy.num_replicas_in_sync
+            np.testing.assert_allclose(
+                _as_read(strategy, total), _mean_of_all(strategy, total) * replicas, rtol=1e-6
+            )
+        swap()
+        assert (bits(total), bits(average)) == before
+    optimizer.assign_average_vars([total])
+    assert bits(total) == before[1]
+
+
+# The checks: custom loops. The gradient on replica r is known, and so are the weights after it.
+
+
+class Problem:
+    """Variables whose gradients NumPy knows: of sum(sin(3 v + noise + r)) on replica r."""
+
+    def __init__(self, strategy, make=ema, generation="current", count=2):
+        self.strategy = strategy
+        with strategy.scope():
+            self.variables = [tf.Variable([0.3, -1.2, 2.0]), tf.Variable(1.5)][:count]
+            self.optimizer, self.scheme = make(generation)
+        self._expected = [np.array(v.numpy(), np.float64) for v in self.variables]
+        self._momentum = [np.zeros_like(value) for value in self._expected]
+        self.recorded = [self.now()]
+
+    def now(self):
+        return [same_on_all_replicas(v) for v in self.variables]
+
+    def gradients(self, noise):
+        """Of this replica."""
+        replica = tf.cast(tf.distribute.get_replica_context().replica_id_in_sync_group, tf.float32)
+        with tf.GradientTape() as tape:
+            loss = sum(tf.reduce_sum(tf.sin(3.0 * v + noise + replica)) for v in self.variables)
+        return tape.gradient(loss, self.variables)
+
+    def step(self, noise):
+        self.optimizer.apply_gradients(zip(self.gradients(noise), self.variables))
+
+    def in_function(self, on_replica):
+        return tf.function(lambda *args: self.strategy.run(on_replica, args))
+
+    def after_step(self, *noises):
+        """To be called after a step whose gradients were summed over these noises."""
+        gradients = [
+            sum(
+                3.0 * np.cos(3.0 * value + noise + replica)
+                for replica in range(self.strategy.num_replicas_in_sync)
+                for noise in noises
+            )
+            for value in self._expected
+        ]
+        for value, momentum, gradient in zip(self._expected, self._momentum, gradients):
+            momentum[...] = 0.9 * momentum - 0.02 * gradient
+            value[...] = value + momentum
+        for actual, expected in zip(self.now(), self._expected):
+            assert_close(actual, expected, tolerance=1e-5)
+        self.recorded.append(self.now())
+
+    def check_averages(self):
+        assert_averages(self.optimizer, self.variables, self.recorded, self.scheme)
+        report("custom loop", [*self.variables, *self.optimizer.variables])
+
+
+NOISES = [0.1, -0.7, 1.3]
+
+
+def custom_loop(strategy):
+    for generation in SGD:
+        problem = Problem(strategy, generation=generation)
+        step = problem.in_function(problem.step)
+        for noise in NOISES:
+            step(tf.constant(noise))
+            problem.after_step(noise)
+        problem.check_averages()
+        assert problem.optimizer.num_averaged == len(NOISES)
+
+
+def custom_loop_guard(strategy):
+    for in_replica in (False, True):
+        problem = Problem(strategy)
+        step = problem.in_function(problem.step)
+        step(tf.constant(0.1))
+        swap = problem.in_function(problem.optimizer.swap_weights)
+        if not in_replica:
+            swap = problem.optimizer.swap_weights
+        swap()
+        state = all_bits(problem.variables, problem.optimizer.variables)
+        with pytest.raises(tf.errors.InvalidArgumentError, match=GUARD):
+            step(tf.constant(0.1))
+        assert all_bits(problem.variables, problem.optimizer.variables) == state
+        swap()
+        step(tf.constant(0.1))
+
+
+def gradients_aggregated_by_the_user(strategy):
+    for options in ({"skip_gradients_aggregation": True}, {"experimental_aggregate_gradients": False}):
+        for generation in SGD:
+            problem = Problem(strategy, make=swa, generation=generation)
+
+            def on_replica(noise, problem=problem, options=options):
+                context = tf.distribute.get_replica_context()
+                gradients = context.all_reduce("sum", problem.gradients(noise))
+                problem.optimizer.apply_gradients(zip(gradients, problem.variables), **options)
+
+            step = problem.in_function(on_replica)
+            if generation == "legacy" and _shares_variables(strategy):
+                with pytest.raises(NotImplementedError, match="CentralStorageStrategy"):
+                    step(tf.constant(0.1))
+                continue  # It is tf_keras that refuses.
+            for noise in NOISES:
+                step(tf.constant(noise))
+                problem.after_step(noise)
+            problem.check_averages()
+
+
+def _shares_variables(strategy) -> bool:
+    return isinstance(strategy, tf.distribute.experimental.CentralStorageStrategy)
+
+
+def gradient_accumulation(strategy):
+    """Two batches for each step: one update for each step, none between."""
+    problem = Problem(strategy)
+    with strategy.scope():
+        sums = [
+            tf.Variable(
+                tf.zeros_like(v),
+                trainable=False,
+                synchronization=tf.VariableSynchronization.ON_READ,
+                aggregation=tf.VariableAggregation.SUM,
+            )
+            for v in problem.variables
+        ]
+
+    def accumulate(noise):
+        for total, gradient in zip(sums, problem.gradients(noise)):
+            total.assign_add(gradient)
+
+    def apply():
+        # Where the replicas share the sum, each of them hands in its part.
+        replicas = strategy.num_replicas_in_sync if _shares_variables(strategy) else 1
+        gradients = [tf.identity(total) / replicas for total in sums]
+        problem.optimizer.apply_gradients(zip(gradients, problem.variables))
+
+    def clear():
+        for total in sums:
+            total.assign(tf.zeros_like(total))
+
+    run_accumulate, run_apply, run_clear = map(problem.in_function, (accumulate, apply, clear))
+    for number in range(3):
+        for noise in NOISES[:2]:
+            state = all_bits(problem.optimizer.variables) if number else None
+            run_accumulate(tf.constant(noise))
+            assert not number or all_bits(problem.optimizer.variables) == state
+        run_apply()
+        run_clear()
+        problem.after_step(*NOISES[:2])
+    problem.check_averages()
+    assert problem.optimizer.num_averaged == 3
+
+
+def two_optimizers_in_one_step(strategy):
+    """As for a GAN; each is swapped and guarded alone."""
+    problems = [Problem(strategy, make=make) for make in (swa, ema)]
+
+    def on_replica(noise):
+        for problem in problems:
+            problem.step(noise)
+
+    step = problems[0].in_function(on_replica)
+    for noise in NOISES:
+        step(tf.constant(noise))
+        for problem in problems:
+            problem.after_step(noise)
+    for problem in problems:
+        problem.check_averages()
+    first, second = problems
+    with first.optimizer.swapped_weights():
+        assert not second.optimizer.weights_swapped
+        assert all_bits(second.variables) == [
+            [value.tobytes()] * len(values(v)) for v, value in zip(second.variables, second.recorded[-1])
+        ]
+        for index, variable in enumerate(first.variables):
+            expected = expected_average([weights[index] for weights in first.recorded], *first.scheme)
+            assert_close(same_on_all_replicas(variable), expected)
+
+
+def swap_and_assign_in_every_context(strategy):
+    """Across replicas, on them, in `scope()` and outside, before training and after."""
+
+    def in_scope(function):
+        with strategy.scope():
+            function()
+
+    problem = Problem(strategy)
+    problem.optimizer.shadow_copy(problem.variables)
+    step = problem.in_function(problem.step)
+    contexts = {
+        "outside": lambda function: function(),
+        "in scope": in_scope,
+        "in a function": lambda function: tf.function(lambda: function())(),
+        "in a function, in scope": lambda function: in_scope(tf.function(lambda: function())),
+        "on replicas": lambda function: problem.in_function(function)(),
+    }
+    for noise in (None, NOISES[0]):
+        if noise is not None:
+            step(tf.constant(noise))
+        averages = [problem.optimizer.get_slot(v, "average") for v in problem.variables]
+        before = all_bits(problem.variables), all_bits(averages)
+        for name, call in contexts.items():
+            call(problem.optimizer.swap_weights)
+            assert (all_bits(averages), all_bits(problem.variables)) == before, name
+            call(problem.optimizer.swap_weights)
+            assert (all_bits(problem.variables), all_bits(averages)) == before, name
+        for name, call in contexts.items():
+            call(lambda: problem.optimizer.assign_average_vars(problem.variables))  # noqa: B023
+            assert all_bits(problem.variables) == before[1], name
+            assert all_bits(averages) == before[1], name
+    report("contexts", [*problem.variables, *problem.optimizer.variables])
+
+
+def _merges_calls(strategy) -> bool:
+    return strategy.extended._use_merge_call() or strategy.num_replicas_in_sync == 1
+
+
+def optimizer_created_outside_the_scope(strategy):
+    """It works, or says what is wrong; it never averages something else."""
+    for generation in SGD:
+        problem = Problem(strategy)
+        problem.optimizer, problem.scheme = swa(generation)
+        step = problem.in_function(problem.step)
+        if generation == "current" and not _merges_calls(strategy):
+            with pytest.raises(RuntimeError, match="Must not nest tf.distribute.Strategy scopes"):
+                step(tf.constant(0.1))
+            continue  # As for a bare optimizer.
+        for noise in NOISES:
+            step(tf.constant(noise))
+            problem.after_step(noise)
+        problem.check_averages()
+
+
+# The checks: mixed precision.
+
+
+def mixed_bfloat16(strategy):
+    tf_keras.mixed_precision.set_global_policy("mixed_bfloat16")
+    model, optimizer, scheme = compiled(strategy, ema)
+    assert model.optimizer is optimizer
+    recorded = train(model, strategy)
+    assert model.layers[0].compute_dtype == "bfloat16"
+    assert recorded[0][0].dtype == np.float32
+    assert_averages(optimizer, model.trainable_variables, recorded, scheme)
+    with optimizer.swapped_weights():
+        evaluate(model, strategy)
+        with pytest.raises(tf.errors.InvalidArgumentError, match=GUARD):
+            train(model, strategy)
+    report("mixed_bfloat16", [*model.variables, *optimizer.variables])
+
+
+def mixed_float16(strategy):
+    """`compile` puts loss scaling outside, and the steps that it skips are not averaged."""
+    tf_keras.mixed_precision.set_global_policy("mixed_float16")
+    model, optimizer, scheme = compiled(strategy, ema)
+    assert _scales_loss(model.optimizer)
+    assert model.optimizer.inner_optimizer is optimizer
+    recorded = train(model, strategy)
+    assert_averages(optimizer, model.trainable_variables, recorded, scheme)
+    with optimizer.swapped_weights():
+        evaluate(model, strategy)
+        state = all_bits(model.variables, optimizer.variables)
+        with pytest.raises(tf.errors.InvalidArgumentError, match=GUARD):
+            train(model, strategy)
+        assert all_bits(model.variables, optimizer.variables) == state
+    report("mixed_float16", [*model.variables, *optimizer.variables])
+
+    with strategy.scope():
+        variable = tf.Variable(1.0)
+        inner = tfav.SWA(tf_keras.optimizers.SGD(1.0), start_averaging=0, average_period=2)
+        scaling = tf_keras.mixed_precision.LossScaleOptimizer(inner, dynamic_growth_steps=1000)
+        gradient = tf.Variable(0.0, trainable=False)
+
+    @tf.function
+    def step():
+        def on_replica():
+            scaled = scaling.get_scaled_loss(tf.constant(1.0)) * gradient
+            scaling.apply_gradients(zip(scaling.get_unscaled_gradients([scaled]), [variable]))
+
+        strategy.run(on_replica)
+
+    seen = []
+    for value in [1.0, np.inf, np.nan, 1.0, 1.0]:  # Steps 0 to 4; due are 0, 2 and 4.
+        gradient.assign(value / strategy.num_replicas_in_sync)
+        step()
+        seen.append((same_on_all_replicas(variable), average_of(inner, variable)))
+        seen[-1] += (int(inner.num_averaged), int(same_on_all_replicas(inner.iterations)))
+    assert seen == [
+        (0.0, 0.0, 1, 1),
+        (0.0, 0.0, 1, 2),
+        (0.0, 0.0, 1, 3),
+        (-1.0, 0.0, 1, 4),
+        (-2.0, -1.0, 2, 5),
+    ], seen
+
+
+def loss_scaling_is_refused_as_by_tf_keras(strategy):
+    """With the error that a bare optimizer gets."""
+    messages = []
+    for make in (lambda: tf_keras.optimizers.SGD(0.1), lambda: ema()[0]):
+        with strategy.scope():
+            optimizer = make()
+            with pytest.raises(ValueError, match="Loss scaling is not supported") as error:
+                tf_keras.mixed_precision.LossScaleOptimizer(optimizer)
+            messages.append(str(error.value))
+    assert messages[0] == messages[1]
+
+
+SYNCHRONOUS = [
+    fit_follows_one_device,
+    averages_lie_with_the_variables,
+    swap_around_evaluate,
+    training_while_swapped_fails_and_moves_nothing,
+    batch_norm_statistics_are_averaged,
+    on_read_variables_keep_their_own_values,
+    custom_loop,
+    custom_loop_guard,
+    gradients_aggregated_by_the_user,
+    gradient_accumulation,
+    two_optimizers_in_one_step,
+    swap_and_assign_in_every_context,
+    optimizer_created_outside_the_scope,
+    mixed_bfloat16,
+]
+REPLICATED = [synchronized_batch_norm_is_averaged, mixed_float16]
+FEW = [
+    fit_follows_one_device,
+    training_while_swapped_fails_and_moves_nothing,
+    batch_norm_statistics_are_averaged,
+    custom_loop,
+    swap_and_assign_in_every_context,
+]

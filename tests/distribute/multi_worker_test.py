@@ -1,0 +1,85 @@
+# Copyright 2026 The tf_averaging Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""MultiWorkerMirroredStrategy: two workers, and checkpoints that move between clusters of one and two."""
+
+import re
+
+import checks
+import processes
+import pytest
+
+SECONDS = 240
+CHECKS = checks.SYNCHRONOUS + checks.REPLICATED
+
+pytestmark = pytest.mark.slow
+
+
+def start(children, workers, name, *commands):
+    return [
+        children.start(f"{name}-{task}", "multi_worker_program.py", *commands, variables=variables)
+        for task, variables in processes.cluster_variables(worker=workers).items()
+    ]
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    return tmp_path_factory.mktemp("multi_worker")
+
+
+@pytest.fixture(scope="module")
+def two_workers(directory):
+    """Two workers that run all checks, restore what one worker saved, and save."""
+    with processes.Children(directory) as children:
+        children.wait_for(start(children, 1, "before", f"save={directory}/one"), SECONDS)
+        commands = ["all_checks", f"restore={directory}/one", f"save={directory}/two"]
+        workers = start(children, 2, "cluster", *commands)
+        children.wait_for_end(workers, SECONDS)
+        yield workers
+
+
+@pytest.mark.parametrize("check", [check.__name__ for check in CHECKS])
+def test_on_two_workers(two_workers, check):
+    for worker in two_workers:
+        part = worker.part(f"[running] {check}\n", "[running]")
+        assert f"[passed] {check}\n" in part, part
+
+
+def test_workers_agree_bit_for_bit(two_workers):
+    digests = [re.findall(r"\[digest\] .*", worker.output) for worker in two_workers]
+    assert digests[0] == digests[1]
+    assert len(digests[0]) > len(CHECKS)
+
+
+def test_restored_by_two_after_one(two_workers):
+    for worker in two_workers:
+        assert "[passed] restore\n" in worker.output, worker.story()
+
+
+def test_restored_by_one_after_two(two_workers, directory):
+    assert "[passed] save\n" in two_workers[0].output, two_workers[0].story()
+    assert not list(directory.glob("two-temporary*"))
+    with processes.Children(directory) as children:
+        children.wait_for(start(children, 1, "after", f"restore={directory}/two"), SECONDS)
+
+
+def test_worker_that_swaps_alone_fails_on_both(tmp_path):
+    with processes.Children(tmp_path) as children:
+        workers = start(children, 2, "alone", "swap_alone")
+        children.wait_for_end(workers, SECONDS)
+        chief, other = workers
+        for worker in workers:
+            assert worker.exit_code == 1, worker.story()
+            assert "[training]" in worker.output, worker.story()
+        assert checks.GUARD in chief.output, chief.story()
+        assert "UnavailableError" in other.output, other.story()

@@ -1,0 +1,185 @@
+# Copyright 2026 The tf_averaging Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Real processes for tests: started here, limited in time, gone when the block ends.
+
+Run as a program, this file is how a child starts: it runs the program named on the command line, and
+ends it when the parent goes away, however the parent ends.
+"""
+
+import contextlib
+import json
+import os
+import pathlib
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from typing import Callable, Dict, List, Mapping, Optional, Sequence
+
+HERE = pathlib.Path(__file__).parent
+ROOT = HERE.parent.parent
+SHOWN_BYTES = 6000
+
+
+class Child:
+    """A process with a name, whose output goes to a file."""
+
+    def __init__(self, name: str, program: str, arguments: Sequence[str], log: pathlib.Path, variables):
+        self.name = name
+        self._log = log
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+        environment.update(TF_CPP_MIN_LOG_LEVEL="2", CUDA_VISIBLE_DEVICES="-1", GRPC_VERBOSITY="NONE")
+        with log.open("ab") as output:
+            self._process = subprocess.Popen(
+                [sys.executable, str(HERE / "processes.py"), str(HERE / program), *map(str, arguments)],
+                stdin=subprocess.PIPE,  # Held open: its end tells the child that this process is gone.
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env={**environment, **variables},
+                start_new_session=True,
+            )
+        self.pid = self._process.pid
+
+    @property
+    def exit_code(self) -> Optional[int]:
+        """None while it runs; negative if a signal ended it."""
+        return self._process.poll()
+
+    @property
+    def output(self) -> str:
+        return self._log.read_text(errors="replace")
+
+    def part(self, begin: str, end: str) -> str:
+        """The output from one line to another, or all that is known where the first is missing."""
+        _, found, rest = self.output.partition(begin)
+        return found + rest.split(end)[0] if found else self.story()
+
+    def kill(self) -> None:
+        """Ends it and all that it started, at once."""
+        if self.exit_code is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.pid, signal.SIGKILL)
+        self._process.wait()
+        self._process.stdin.close()
+
+    def story(self) -> str:
+        """What a reader of a failed test wants to know."""
+        state = "still running" if self.exit_code is None else f"exit code {self.exit_code}"
+        return f"----- {self.name} (process {self.pid}): {state}\n{self.output[-SHOWN_BYTES:]}"
+
+
+class Children(contextlib.AbstractContextManager):
+    """The processes of one test. None is left when the block ends, whatever ends it.
+
+    Args:
+      directory: where their output goes.
+    """
+
+    def __init__(self, directory: pathlib.Path):
+        self._directory = directory
+        self._children: List[Child] = []
+
+    def start(self, name: str, program: str, *arguments, variables: Optional[Mapping[str, str]] = None):
+        """Starts a program of this directory; `variables` are added to its environment."""
+        log = self._directory / f"{name}.log"
+        child = Child(name, program, arguments, log, dict(variables or {}))
+        self._children.append(child)
+        return child
+
+    def wait_for(self, children: Sequence[Child], seconds: float) -> None:
+        """Waits until all of these have ended well.
+
+        Raises:
+          AssertionError: as soon as one ends otherwise, or when the time is over; with all output.
+        """
+        self._wait_until(lambda: all(child.exit_code == 0 for child in children), children, seconds)
+
+    def wait_for_line(self, child: Child, line: str, seconds: float) -> None:
+        """Waits until the child has printed something; raises as `wait_for` does."""
+        self._wait_until(lambda: line in child.output, [child], seconds)
+
+    def wait_for_end(self, children: Sequence[Child], seconds: float) -> None:
+        """Waits until all of these have ended, well or not; raises when the time is over."""
+        self._wait_until(lambda: all(child.exit_code is not None for child in children), [], seconds)
+
+    def _wait_until(self, done, must_not_fail: Sequence[Child], seconds: float) -> None:
+        def done_and_nothing_failed():
+            failed = [child.name for child in must_not_fail if child.exit_code not in (None, 0)]
+            if failed:
+                raise AssertionError(f"{', '.join(failed)} failed.\n{self.story()}")
+            return done()
+
+        wait_until(done_and_nothing_failed, seconds, self.story)
+
+    def story(self) -> str:
+        return "\n".join(child.story() for child in self._children)
+
+    def __exit__(self, *unused):
+        for child in self._children:
+            child.kill()
+
+
+def wait_until(done: Callable[[], bool], seconds: float, story: Callable[[], str]) -> None:
+    """Waits until `done()`; raises an AssertionError with the story when the time is over."""
+    deadline = time.monotonic() + seconds
+    while not done():
+        if time.monotonic() > deadline:
+            raise AssertionError(f"Not done within {seconds} seconds.\n{story()}")
+        time.sleep(0.05)
+
+
+def free_ports(count: int) -> List[int]:
+    """Ports of localhost that nobody listens on now."""
+    with contextlib.ExitStack() as open_sockets:
+        sockets = [open_sockets.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("localhost", 0))
+        return [each.getsockname()[1] for each in sockets]
+
+
+def cluster_variables(**sizes: int) -> Dict[str, Dict[str, str]]:
+    """`TF_CONFIG` for each task of a new cluster on localhost.
+
+    Args:
+      **sizes: number of tasks of each job, for example `worker=2`.
+
+    Returns:
+      For each name such as `"worker0"`, environment variables.
+    """
+    ports = iter(free_ports(sum(sizes.values())))
+    cluster = {job: [f"localhost:{next(ports)}" for _ in range(size)] for job, size in sizes.items()}
+    return {
+        f"{job}{index}": {
+            "TF_CONFIG": json.dumps({"cluster": cluster, "task": {"type": job, "index": index}})
+        }
+        for job, addresses in cluster.items()
+        for index in range(len(addresses))
+    }
+
+
+def _end_with_parent() -> None:
+    def wait():
+        os.read(sys.stdin.fileno(), 1)  # Returns when the parent's end of the pipe is closed.
+        os.killpg(0, signal.SIGKILL)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+if __name__ == "__main__":
+    _end_with_parent()
+    sys.argv = sys.argv[1:]
+    runpy.run_path(sys.argv[0], run_name="__main__")

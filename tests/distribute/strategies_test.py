@@ -1,0 +1,47 @@
+# Copyright 2026 The tf_averaging Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Every strategy that needs one process, each in a process of its own.
+
+Strategies of one kind would share collective keys in one process, and each wants its own set of logical
+devices.
+"""
+
+import processes
+import pytest
+import single_process_program as program
+
+SECONDS = 240
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def children(tmp_path_factory):
+    """All at once: starting TensorFlow is most of the time."""
+    with processes.Children(tmp_path_factory.mktemp("strategies")) as children:
+        yield (
+            {kind: children.start(kind, "single_process_program.py", kind) for kind in program.KINDS},
+            children,
+        )
+
+
+@pytest.mark.parametrize(
+    ("kind", "check"),
+    [(kind, check.__name__) for kind in program.KINDS for check in program.checks_of(kind)],
+)
+def test_strategy(children, kind, check):
+    by_kind, group = children
+    group.wait_for_end([by_kind[kind]], SECONDS)
+    passed = f"[passed] {check}\n" in by_kind[kind].output
+    assert passed, by_kind[kind].part(f"[running] {check}\n", "[running]")
