@@ -294,6 +294,56 @@ def test_saved_while_swapped_is_resumed_swapped(tmp_path, form, generation):
     assert state_of(resumed) == state_of(model)
 
 
+@pytest.mark.parametrize("swap_first", [True, False], ids=["swap first", "backup first"])
+def test_callbacks_resume_what_was_saved_while_swapped(tmp_path, swap_first):
+    """`BackupAndRestore` restores when the other callbacks' `on_train_begin` may be over."""
+
+    def fit(model, epochs):
+        swap = tfav.callbacks.SwapAverageWeights(swap_on_epoch=True)
+        backup = tf_keras.callbacks.BackupAndRestore(str(tmp_path), delete_checkpoint=False)
+        saved = tf_keras.callbacks.LambdaCallback(
+            on_epoch_end=lambda epoch, logs: swapped.append(model.optimizer.weights_swapped)
+        )
+        model.fit(
+            X,
+            Y,
+            batch_size=40,
+            epochs=epochs,
+            shuffle=False,
+            verbose=0,
+            callbacks=[swap, backup, saved] if swap_first else [backup, saved, swap],
+        )
+        if model.optimizer.weights_swapped:
+            model.optimizer.swap_weights()
+
+    swapped = []
+    first = new_model(tf.distribute.get_strategy(), "current", "swa")
+    fit(first, 2)
+    assert swapped == [swap_first] * 2
+    resumed = new_model(tf.distribute.get_strategy(), "current", "swa", seed=2)
+    fit(resumed, 4)
+    reference = new_model(tf.distribute.get_strategy(), "current", "swa")
+    reference.fit(X, Y, batch_size=40, epochs=4, shuffle=False, verbose=0)
+    assert state_of(resumed) == state_of(reference)
+
+
+@pytest.mark.parametrize("suffix", [".keras", ""])
+def test_model_checkpoint(tmp_path, suffix):
+    """`ModelCheckpoint`, whole models in `.keras` files and weights in TensorFlow's format."""
+    model = new_model(tf.distribute.get_strategy(), "legacy", "ema")
+    path = str(tmp_path / "saved") + suffix
+    saver = tf_keras.callbacks.ModelCheckpoint(path, save_weights_only=not suffix)
+    model.fit(X, Y, batch_size=40, epochs=2, shuffle=False, verbose=0, callbacks=[saver])
+    resumed = new_model(tf.distribute.get_strategy(), "legacy", "ema", seed=2)
+    if suffix:
+        resumed = tf_keras.models.load_model(path)
+    else:
+        resumed.load_weights(path)
+    train(model, 3)
+    train(resumed, 3)
+    assert state_of(resumed) == state_of(model)
+
+
 class TestAveragesOfOtherVariables:
     """Statistics of BatchNormalization, say, which `load_model` does not know when it loads."""
 

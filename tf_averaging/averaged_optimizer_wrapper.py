@@ -102,6 +102,8 @@ class AveragedOptimizerWrapper(tf_keras.optimizers.Optimizer):
         **settings,
     ):
         self._check_overrides()
+        if not isinstance(name, str):
+            raise TypeError(f"Expected `name` to be a string. Received: name={name!r}")
         self._start_averaging = checked_count("start_averaging", start_averaging, minimum=0)
         self._average_period = checked_count("average_period", average_period, minimum=1)
         self._trainable_weights_only = _checked_trainable_weights_only(trainable_weights_only)
@@ -831,7 +833,8 @@ class AveragedOptimizerWrapper(tf_keras.optimizers.Optimizer):
         """
         config = dict(config)
         config.pop("is_legacy_optimizer", None)
-        config["optimizer"] = inner_optimizers.deserialize(config["optimizer"], custom_objects)
+        if "optimizer" in config:
+            config["optimizer"] = inner_optimizers.deserialize(config["optimizer"], custom_objects)
         return cls(**config)
 
     @property

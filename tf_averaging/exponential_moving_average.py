@@ -136,8 +136,8 @@ class ExponentialMovingAverage(averaged_optimizer_wrapper.AveragedOptimizerWrapp
     def from_config(cls, config: Dict[str, Any], custom_objects: Optional[Dict[str, Any]] = None):
         """Creates the optimizer that `get_config` described; see `AveragedOptimizerWrapper`."""
         if isinstance(config.get("average_decay"), dict):
-            schedule = tf_keras.optimizers.schedules.deserialize(
-                inner_optimizers.copy_containers(config["average_decay"]), custom_objects
+            schedule = inner_optimizers.read_config(
+                tf_keras.optimizers.schedules.deserialize, config["average_decay"], custom_objects
             )
             config = {**config, "average_decay": schedule}
         return super().from_config(config, custom_objects)

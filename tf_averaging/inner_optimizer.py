@@ -16,8 +16,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
-from typing import Any, Dict, List, Optional, Sequence, Union
+from typing import Any, Callable, Dict, List, Optional, Sequence, Union
 
 import numpy as np
 import tensorflow as tf
@@ -180,11 +181,28 @@ def deserialize(config: Any, custom_objects: Optional[Dict[str, Any]] = None) ->
             "Expected the config dict of an optimizer, with a name under 'class_name' and a dict under "
             f"'config'. Received: {config!r}"
         )
-    config = copy_containers(config)
+    deserialize_ = tf_keras.saving.deserialize_keras_object
     if "module" in config:
         custom_objects = {**_class_by_bare_name(config), **(custom_objects or {})}
-        return tf_keras.saving.deserialize_keras_object(config, custom_objects=custom_objects)
-    return tf_keras.optimizers.deserialize(config, custom_objects=custom_objects, use_legacy_format=True)
+    else:
+        deserialize_ = functools.partial(tf_keras.optimizers.deserialize, use_legacy_format=True)
+    return read_config(deserialize_, config, custom_objects)
+
+
+def read_config(read: Callable, config: Dict[str, Any], custom_objects: Optional[Dict[str, Any]]) -> Any:
+    """`read(config, custom_objects=custom_objects)`, which leaves `config` as it is.
+
+    Raises:
+      TypeError: as tf_keras does.
+      ValueError: as tf_keras does, or if it fails in any other way, as it may on a config that is not
+        what it should be: an object in it is not looked at before it is used.
+    """
+    try:
+        return read(copy_containers(config), custom_objects=custom_objects)
+    except (TypeError, ValueError):
+        raise
+    except Exception as error:
+        raise ValueError(f"Expected the config of a Keras object. Received: {config!r}") from error
 
 
 def _class_by_bare_name(config: Dict[str, Any]) -> Dict[str, type]:
@@ -195,7 +213,7 @@ def _class_by_bare_name(config: Dict[str, Any]) -> Dict[str, type]:
     }
     known = tf_keras.saving.get_registered_object(config.get("registered_name"))
     if known is None:
-        known = getattr(generations.get(config["module"]), str(config.get("class_name")), None)
+        known = getattr(generations.get(str(config["module"])), str(config.get("class_name")), None)
     return {} if known is None else {config["class_name"]: known}
 
 
