@@ -82,7 +82,7 @@ def test_restores_and_training_goes_on(strategy, name, loss_scaling, early):
         model.train_on_batch(X, Y)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        restore(model, name)
+        status = restore(model, name)
     if early:
         with strategy.scope():
             optimizer.build(model.trainable_variables)
@@ -95,6 +95,7 @@ def test_restores_and_training_goes_on(strategy, name, loss_scaling, early):
     average = optimizer.get_slot(variable, "average").numpy()
     model.train_on_batch(X, Y)
     model.train_on_batch(X, Y)
+    status.assert_nontrivial_match()
     if "swa" not in name:
         return
     # The sixth snapshot follows after step 17, the second one here.
