@@ -18,6 +18,8 @@ import tf_keras
 
 import tf_averaging as tfav
 from tf_averaging import average_variables
+from tf_averaging import checkpoint_positions
+from tf_averaging import optimizer_state
 
 
 def test_unique_id_tells_variables_apart():
@@ -125,3 +127,54 @@ def test_layer_calls_the_instances_own_call():
     model(tf.ones([1, 2]), training=True)
     model(tf.ones([1, 2]), training=False)
     assert seen == [True, False]
+
+
+def test_restore_hands_over_what_it_cannot_match(tmp_path):
+    """`checkpoint_positions` rests on `_deferred_dependencies` and on what a position offers."""
+    inner = tf_keras.optimizers.legacy.SGD(0.1, momentum=0.9)
+    variable = tf.Variable(2.0)
+    inner.apply_gradients([(tf.constant(1.0), variable)])
+    path = tf.train.Checkpoint(variable=variable, optimizer=inner).save(tmp_path / "ckpt")
+    taken = []
+
+    class Object(tf.train.Checkpoint):
+        _deferred_dependencies = checkpoint_positions.Unmatched(
+            lambda name, position: taken.append((name, position)) or True
+        )
+
+    target = Object()
+    root = tf.train.Checkpoint(variable=tf.Variable(0.0), optimizer=target)
+    root.restore(path).expect_partial()
+    positions = dict(taken)
+    owner = checkpoint_positions.Owner(positions["iter"], lambda item: item is target)
+    assert {"iter", "momentum", "learning_rate"} <= owner.children.keys()
+    together = checkpoint_positions.restored_together_with(positions["iter"])
+    assert any(item is target for item in together)
+    counter = tf.Variable(0, dtype=tf.int64)
+    assert checkpoint_positions.take_value(positions["iter"], counter) == 1
+
+
+def test_keras_savers_are_recognized(tmp_path):
+    """tf_keras loses state in `.h5` files, and repeats it in others, where these functions ask for it."""
+    seen = []
+
+    class Asked(tfav.SWA):
+        @property
+        def variables(self):
+            seen.append(optimizer_state.keras_saver())
+            return super().variables
+
+    model = tf_keras.Sequential([tf_keras.layers.Dense(1, input_shape=(2,))])
+    optimizer = tf_keras.mixed_precision.LossScaleOptimizer(Asked("sgd"))
+    model.compile(optimizer, "mse")
+    model.save(tmp_path / "model.h5")
+    model.save(tmp_path / "model.keras")
+    model.load_weights(tmp_path / "model.keras")
+    assert {saver.name for saver in seen if saver is not None} == {
+        "save_optimizer_weights_to_hdf5_group",
+        "save_own_variables",
+        "load_own_variables",
+    }
+    seen.clear()
+    assert optimizer.variables
+    assert seen == [None]

@@ -17,11 +17,15 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import threading
+import warnings
 from typing import Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Union
 
+import numpy as np
 import tensorflow as tf
 
 from tf_averaging import average_ops
+from tf_averaging import checkpoint_positions
 
 # The value of `first_step` while `begin` has not been called.
 NOT_SET = -1
@@ -75,7 +79,14 @@ class AverageVariables(tf.__internal__.tracking.Trackable):
         self._slots: Dict[str, Slots] = {}
         self._sharded_slots: Dict[tuple, tf.__internal__.distribute.ShardedVariable] = {}
         self._positions: Dict[tuple, list] = {}
+        self._unmatched = checkpoint_positions.Unmatched(self._take_unmatched)
+        self._flag_position: Optional[checkpoint_positions.Position] = None
+        self._initial = (0, False)
+        self._restore_uid = -1
         self._swap_function = None
+        self._thread = threading.get_ident()
+        self.waiting: List[tf.Variable] = []
+        self.restored_with: Optional[checkpoint_positions.Position] = None
         self._first_step = NOT_SET
         self.num_averaged: Optional[tf.Variable] = None
         self.swapped: Optional[tf.Variable] = None
@@ -98,16 +109,43 @@ class AverageVariables(tf.__internal__.tracking.Trackable):
         except KeyError:
             raise KeyError(f"Variable {getattr(variable, 'name', variable)!r} has no average.") from None
 
+    def has_stash(self, variable: tf.Variable) -> bool:
+        """Whether this variable's average has another dtype, so that there is, or would be, a stash."""
+        dtype = average_ops.all_components(variable)[0].dtype
+        return average_dtype_of(dtype, self._average_dtype) != dtype
+
     def state(self) -> List[tf.Variable]:
-        """All variables but exchanged values: count, flag, first step, averages, stashes.
+        """All variables but exchanged values: count, flag, first step, averages, stashes, what waits.
 
         What files store by position must not depend on whether statistics were recomputed.
         """
         if self.num_averaged is None:
             return []
-        averages = [slots.average for slots in self if slots.kind == "average"]
-        stashes = [slots.stash for slots in self if slots.stash is not None]
-        return [self.num_averaged, self.swapped, self.first_step] + averages + stashes
+        return self.head() + _state_of(self.averaged()) + self.waiting
+
+    def head(self) -> List[tf.Variable]:
+        """The count, the flag and the first step."""
+        return [self.num_averaged, self.swapped, self.first_step]
+
+    def averaged(self) -> List[Slots]:
+        """The slots that are folded into, which exchanged values are not."""
+        return [slots for slots in self if slots.kind == "average"]
+
+    def order(self, variables: Iterable[tf.Variable]) -> None:
+        """Puts the averages of these variables first, in this order.
+
+        What is saved by index must depend on the model alone, and not on the order in which a restore
+        happened to create the averages.
+        """
+        keys = [variable_key(variable) for variable in variables]
+        first = {key: self._slots[key] for key in keys if key in self._slots}
+        self._slots = {**first, **self._slots}
+
+    def keep_only(self, variables: Iterable[tf.Variable]) -> None:
+        """Forgets the averages of all other variables."""
+        keys = {variable_key(variable) for variable in variables}
+        self._slots = {key: slots for key, slots in self._slots.items() if key in keys}
+        self._swap_function = None
 
     def are_shared_by_replicas(self) -> bool:
         """Whether the replicas of the context have one set of averages between them."""
@@ -126,10 +164,10 @@ class AverageVariables(tf.__internal__.tracking.Trackable):
             self._swap_function = None
             for variable in new:
                 self._restore_queued(variable)
+            self.give_waiting_to(new)
 
     def _create_state(self, like: tf.Variable) -> None:
         self.num_averaged = _create_like(like, lambda: tf.zeros([], tf.int64), "num_averaged")
-        self._track_trackable(self.num_averaged, "num_averaged")
         # In training the flag has length 0, while swapped length 1: a length is checked in
         # XLA-compiled steps too, where assertions are dropped. Parameter servers cannot store a value
         # of varying length; XLA does not run there, and a plain bool will do.
@@ -139,6 +177,12 @@ class AverageVariables(tf.__internal__.tracking.Trackable):
             self.swapped = _create_like(
                 like, lambda: tf.zeros([0], tf.bool), "swapped", shape=tf.TensorShape([None])
             )
+        if tf.executing_eagerly():
+            self.set_count(*self._initial)
+            if self._flag_position is not None:
+                self._restore_flag(self._flag_position)
+        # This restores what a checkpoint has for them.
+        self._track_trackable(self.num_averaged, "num_averaged")
         self._track_trackable(self.swapped, "swapped")
         self.first_step = _create_like(
             like, lambda: tf.constant(self._first_step, tf.int64), "first_step"
@@ -150,7 +194,7 @@ class AverageVariables(tf.__internal__.tracking.Trackable):
         dtype = weights[0].dtype
         average_dtype = average_dtype_of(dtype, self._average_dtype) if kind == "average" else dtype
         average = _create_slot(variable, average_dtype, "average")
-        stash = None if average_dtype == dtype else _create_slot(variable, dtype, "stash")
+        stash = _create_slot(variable, dtype, "stash") if self.has_stash(variable) else None
         # Each replica's average starts from the replica's own value, which an on-read variable does
         # not share with the others. The buffers are shared until training writes to one.
         for slot in (average, stash):
@@ -337,6 +381,64 @@ class AverageVariables(tf.__internal__.tracking.Trackable):
                 )
             )
 
+    # The form in arrays. The averages of variables that are not known yet when arrays are loaded wait in
+    # plain variables, which are saved again with the others.
+
+    def set_count(self, count: int = 0, swapped: bool = False) -> None:
+        """Sets the count and the flag, now or as soon as they exist."""
+        self._initial = (count, swapped)
+        if self.num_averaged is None:
+            return
+        for component in average_ops.all_components(self.num_averaged):
+            average_ops.assign(component, tf.constant(count, tf.int64))
+        self._set_flag(swapped)
+
+    def _set_flag(self, swapped: bool) -> None:
+        value = tf.constant(swapped)
+        if self.swapped.shape.rank != 0:
+            value = tf.fill([int(swapped)], True)
+        for component in average_ops.all_components(self.swapped):
+            average_ops.assign(component, value)
+
+    def wait_with(self, arrays: Sequence[np.ndarray], like: tf.Variable) -> None:
+        """Keeps arrays for the averages that are added next.
+
+        Args:
+          arrays: the averages, then the stashes, in the order in which they will be added.
+          like: a variable of the model.
+        """
+        if self.num_averaged is None:
+            self._create_state(like)
+        self.waiting = [
+            tf.Variable(array, trainable=False, name=f"waiting_average_{index}")
+            for index, array in enumerate(arrays)
+        ]
+
+    def give_waiting_to(self, variables: Sequence[tf.Variable]) -> None:
+        """Loads what waits into the averages of these variables, or says that it does not fit them."""
+        if not self.waiting or not variables or not tf.executing_eagerly():
+            return
+        targets = _state_of([self[variable] for variable in variables])
+        waiting, self.waiting = self.waiting, []
+        expected, received = ([tuple(v.shape) for v in values] for values in (waiting, targets))
+        if expected != received:
+            warnings.warn(
+                "The averages that were loaded for variables yet unknown do not fit those that came now, "
+                "and are dropped; the averages start from the current weights. Expected variables of the "
+                f"shapes {expected}. Received: {received}",
+                stacklevel=4,
+            )
+            return
+        for variable, value in zip(targets, waiting):
+            self.load(variable, value.numpy())
+
+    def load(self, variable: tf.Variable, array: np.ndarray) -> None:
+        """Sets one variable of `state` to an array that fits it, on all replicas."""
+        if variable is self.swapped:
+            self._set_flag(bool(np.any(array)))
+        else:
+            variable.assign(tf.cast(array, variable.dtype))
+
     # The form in a checkpoint. `tf.train.Checkpoint` takes an object that has these three methods for
     # an optimizer with slots. This object, not the wrapper, has them, because a LossScaleOptimizer
     # around the wrapper passes its children on, but not its slots.
@@ -370,6 +472,8 @@ class AverageVariables(tf.__internal__.tracking.Trackable):
         del slot_variable_shape  # Always the variable's.
         if slot_name not in self.SLOT_NAMES:
             return None
+        self.restored_with = slot_variable_position
+        self.start_restore(slot_variable_position.restore_uid)
         missing = [part for part in averageable([variable]) if part not in self]
         if missing:
             if not tf.executing_eagerly():
@@ -377,7 +481,10 @@ class AverageVariables(tf.__internal__.tracking.Trackable):
                 self._positions.setdefault(key, []).append(slot_variable_position)
                 return None
             self.add(missing, "exchanged" if slot_name == "exchanged" else "average")
-        return self.get_slot(variable, slot_name)
+        slot = self.get_slot(variable, slot_name)
+        if isinstance(slot, tf.Variable) and tf.executing_eagerly():
+            checkpoint_positions.restore_if_dtypes_differ(slot_variable_position, slot)
+        return slot
 
     def _restore_queued(self, variable: tf.Variable) -> None:
         for name in self.SLOT_NAMES:
@@ -389,9 +496,63 @@ class AverageVariables(tf.__internal__.tracking.Trackable):
                     position.restore(slot)
 
     def _trackable_children(self, save_type="checkpoint", **kwargs):
-        if save_type == "checkpoint" and tf.executing_eagerly():
+        # Asynchronous checkpoints come here on a thread of their own, to save copies, while training
+        # goes on: the averages must be left alone then.
+        is_here = threading.get_ident() == self._thread
+        if save_type == "checkpoint" and tf.executing_eagerly() and is_here:
             self.refresh()
         return super()._trackable_children(save_type, **kwargs)
+
+    @property
+    def _update_uid(self):
+        return self._self_update_uid
+
+    @_update_uid.setter
+    def _update_uid(self, uid):
+        self._self_update_uid = uid  # The number of the restore that has reached this object.
+        self.start_restore(uid)
+
+    def start_restore(self, uid: int, count: int = 0) -> None:
+        """Called when a restore arrives, before its values, however often.
+
+        What it does not bring, because the file was written before there were averages or before the
+        model had a variable, starts anew.
+        """
+        if uid != self._restore_uid and tf.executing_eagerly():
+            self._restore_uid = uid
+            self.start_over(count)
+
+    def start_over(self, count: int = 0) -> None:
+        """Sets the averages to the current weights, and the count."""
+        self.waiting = []
+        self.set_count(count)
+        for slots in self:
+            components = zip(
+                average_ops.all_components(slots.average), average_ops.all_components(slots.variable)
+            )
+            average_ops.copy(list(components))
+
+    def _lookup_dependency(self, name, cached_dependencies=None):
+        if name == "swapped" and tf.executing_eagerly():
+            return None  # It comes to `_take_unmatched`: it may have been saved in the other form.
+        return super()._lookup_dependency(name, cached_dependencies)
+
+    @property
+    def _deferred_dependencies(self):
+        return self._unmatched
+
+    def _take_unmatched(self, name: str, position: checkpoint_positions.Position) -> bool:
+        if name != "swapped" or not tf.executing_eagerly():
+            return False
+        if self.swapped is None:
+            self._flag_position = position
+        else:
+            self._restore_flag(position)
+        return True
+
+    def _restore_flag(self, position: checkpoint_positions.Position) -> None:
+        self._flag_position = None
+        self._set_flag(bool(np.any(checkpoint_positions.take_value(position, self.swapped))))
 
 
 def average_dtype_of(dtype: tf.DType, requested: Optional[tf.DType]) -> tf.DType:
@@ -500,6 +661,12 @@ def _create_slot(variable: tf.Variable, dtype: tf.DType, name: str) -> tf.Variab
             synchronization=variable.synchronization,
             aggregation=variable.aggregation,
         )
+
+
+def _state_of(slots: Iterable[Slots]) -> List[tf.Variable]:
+    """The averages, then the stashes."""
+    slots = list(slots)
+    return [s.average for s in slots] + [s.stash for s in slots if s.stash is not None]
 
 
 def _pairs(first: tf.Variable, second: tf.Variable) -> List[average_ops.Pair]:

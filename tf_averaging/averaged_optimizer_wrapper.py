@@ -16,17 +16,20 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Any, Dict, Iterable, List, Optional, Sequence, Union
+import warnings
+from typing import Any, Dict, Iterable, List, Optional, Sequence, Type, Union
 
 import numpy as np
 import tensorflow as tf
 import tf_keras
-from absl import logging
 
 from tf_averaging import argument_checks as checks
 from tf_averaging import average_ops
 from tf_averaging import average_variables
+from tf_averaging import checkpoint_positions
+from tf_averaging import foreign_checkpoints
 from tf_averaging import inner_optimizer as inner_optimizers
+from tf_averaging import optimizer_state
 
 # Without AutoGraph, which would otherwise rewrite every function called in a `tf.function`: nothing here
 # needs it, and tracing takes a multiple of the time.
@@ -99,6 +102,8 @@ class AveragedOptimizerWrapper(tf_keras.optimizers.Optimizer):
         **settings,
     ):
         self._check_overrides()
+        if not isinstance(name, str):
+            raise TypeError(f"Expected `name` to be a string. Received: name={name!r}")
         self._start_averaging = checks.checked_count("start_averaging", start_averaging, minimum=0)
         self._average_period = checks.checked_count("average_period", average_period, minimum=1)
         self._trainable_weights_only = checks.checked_trainable_weights_only(trainable_weights_only)
@@ -106,6 +111,8 @@ class AveragedOptimizerWrapper(tf_keras.optimizers.Optimizer):
         inner = inner_optimizers.get(optimizer, **checks.checked_settings(settings))
         self._inner_optimizer = self._no_dependency(inner)
         self._averages = self._no_dependency(average_variables.AverageVariables(self._average_dtype))
+        self._trained = self._no_dependency([])
+        self._unmatched = self._no_dependency(checkpoint_positions.Unmatched(self._take_unmatched))
         super().__init__(
             name=name,
             weight_decay=self.weight_decay,
@@ -366,8 +373,7 @@ class AveragedOptimizerWrapper(tf_keras.optimizers.Optimizer):
 
         Raises:
           TypeError: if it is neither.
-          ValueError: if a list holds nothing that can be averaged, or comes after averages of other
-            variables.
+          ValueError: if a list holds nothing that can be averaged, or comes after a model.
         """
         checks.check_not_keras_3(model_or_variables)
         if isinstance(model_or_variables, tf.Module):
@@ -383,10 +389,10 @@ class AveragedOptimizerWrapper(tf_keras.optimizers.Optimizer):
                 "Expected floating-point or complex variables to average. Received: "
                 f"{model_or_variables!r}"
             )
-        if len(self._averages) and not self._has_fixed_set:
+        if self._followed_model is not None and not self._has_fixed_set:
             raise ValueError(
-                "A list of variables says what is averaged, and other variables are averaged already. "
-                "Expected it before training, and before `shadow_copy(model)`."
+                "A list of variables says what is averaged, and a model is followed already. Expected"
+                " one or the other."
             )
         self._has_fixed_set = True
         self._averages.add(chosen)
@@ -408,7 +414,9 @@ class AveragedOptimizerWrapper(tf_keras.optimizers.Optimizer):
 
     def _create_averages(self, trained: Sequence[tf.Variable]) -> None:
         """Creates the averages that are missing, of the variables trained and of the model followed."""
+        self._note_trained(trained)
         if self._has_fixed_set:
+            self._check_nothing_waits()
             return
         variables = list(trained)
         model = self._followed_model
@@ -420,6 +428,14 @@ class AveragedOptimizerWrapper(tf_keras.optimizers.Optimizer):
                 "must be known. Call `shadow_copy(model)` before training."
             )
         self._averages.add(average_variables.averageable(variables))
+
+    def _check_nothing_waits(self) -> None:
+        if self._averages.waiting:
+            raise ValueError(
+                "Averages were loaded whose variables are not known, since only those of trained ones "
+                "are when a model is loaded. Call `shadow_copy` first, with the same model or list as "
+                "before saving."
+            )
 
     @property
     def has_shadow_copy(self) -> bool:
@@ -615,6 +631,7 @@ class AveragedOptimizerWrapper(tf_keras.optimizers.Optimizer):
         return _as_operation(self._once(lambda: self._averages.assign(variables)))
 
     def _check_has_averages(self, method: str) -> None:
+        self._check_nothing_waits()
         if not self._averages:
             raise ValueError(
                 f"`{method}` needs averages, and none exist yet. Expected a training step or "
@@ -710,17 +727,62 @@ class AveragedOptimizerWrapper(tf_keras.optimizers.Optimizer):
     def build(self, var_list: Sequence[tf.Variable]) -> None:
         """Creates the state of the inner optimizer and the averages for these variables."""
         inner_optimizers.build(self._inner_optimizer, var_list)
+        self._note_trained(var_list)
         if self._trainable_weights_only or self._followed_model is not None:
             self._create_averages(var_list)
         self._built = True
 
+    def _note_trained(self, variables: Sequence[tf.Variable]) -> None:
+        known = {average_variables.variable_key(variable) for variable in self._trained}
+        self._trained += [v for v in variables if average_variables.variable_key(v) not in known]
+
     @property
     def variables(self) -> List[tf.Variable]:
         """All state, as a list that can also be called: iterations, inner optimizer, averages."""
+        saver = optimizer_state.keras_saver()
+        if saver is not None and saver.store is not None:
+            # A LossScaleOptimizer, which would write our state a second time, and fails to load a file
+            # that has another number of variables. Ours alone is enough.
+            is_loading = saver.name == "load_own_variables"
+            return _CallableList(optimizer_state.Ignored() for _ in (saver.store if is_loading else ()))
+        if saver is not None:
+            self._warn_of_losses_in_h5()
         self._refresh()
-        return _CallableList(
-            inner_optimizers.state(self._inner_optimizer) + self._averages.state() + list(self._variables)
+        return _CallableList(self._state().variables())
+
+    def _state(self) -> optimizer_state.OptimizerState:
+        self._build_as_restored()
+        model = self._followed_model
+        averages_others = not self._trainable_weights_only
+        self._averages.order(model.variables if averages_others and model is not None else self._trained)
+        loss_scale = tf_keras.optimizers.Optimizer._lookup_dependency(self, "loss_scale")
+        return optimizer_state.OptimizerState(
+            inner=inner_optimizers.state(self._inner_optimizer, self._trained),
+            averages=self._averages,
+            own=list(self._variables),
+            trained=list(self._trained),
+            is_fixed_set=self._has_fixed_set,
+            loss_scale=[loss_scale.current_loss_scale, loss_scale.counter] if loss_scale else [],
+            averages_others=averages_others,
         )
+
+    def _build_as_restored(self) -> None:
+        """Creates all state, if a checkpoint brought some before the first step.
+
+        The rest then waits for the inner optimizer to create its variables, and would be missing from
+        what is saved now.
+        """
+        position = self._averages.restored_with
+        if self._trained or position is None or not tf.executing_eagerly():
+            return
+        for item in checkpoint_positions.restored_together_with(position):
+            optimizer = getattr(item, "optimizer", None) if isinstance(item, tf_keras.Model) else None
+            if optimizer is self or getattr(optimizer, "inner_optimizer", None) is self:
+                variables = item.trainable_variables
+                strategy = average_variables.strategy_of(variables[0])
+                with contextlib.nullcontext() if strategy is None else strategy.scope():
+                    self.build(variables)
+                return
 
     @property
     def weights(self) -> List[tf.Variable]:
@@ -744,32 +806,50 @@ class AveragedOptimizerWrapper(tf_keras.optimizers.Optimizer):
         Raises:
           ValueError: if their number or a shape does not fit; nothing is changed then.
         """
-        variables = self.variables
-        if len(weights) != len(variables):
-            raise ValueError(
-                f"Expected {len(variables)} arrays, one for each variable of {self.name!r} (`build` or "
-                f"a training step creates them). Received: {len(weights)}"
-            )
-        arrays = [np.asarray(weight) for weight in weights]
-        for variable, array in zip(variables, arrays):
-            if not variable.shape.is_compatible_with(array.shape):
-                raise ValueError(
-                    f"Expected shape {variable.shape} for {variable.name!r}. Received: {array.shape}"
-                )
-        for variable, array in zip(variables, arrays):
-            variable.assign(tf.cast(array, variable.dtype))
+        self._refresh()
+        self._state().set(weights)
 
     def save_own_variables(self, store) -> None:
         """Writes the state to a `.keras` file's store."""
-        for index, variable in enumerate(self.variables):
-            store[str(index)] = variable.numpy()
+        self._refresh()
+        self._warn_of_lost_statistics()
+        self._state().save(store)
 
     def load_own_variables(self, store) -> None:
         """Reads the state from a `.keras` file's store; one that does not fit is left alone, and said."""
+        if not store.keys():
+            _warn(f"The file holds no state for optimizer {self.name!r}, which is left as it is.")
+            return
         try:
-            self.set_weights([store[str(index)] for index in range(len(store.keys()))])
-        except (KeyError, ValueError) as error:
-            logging.warning("The state of optimizer '%s' was not loaded: %s", self.name, error)
+            self._has_fixed_set = self._state().load(store)
+        except (KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
+            _warn(
+                f"The state of optimizer {self.name!r} was not loaded, and is left as it is, since the "
+                f"one in the file does not fit it: {error}"
+            )
+
+    def _warn_of_lost_statistics(self) -> None:
+        if len(self._averages) > len(self._averages.averaged()):
+            _warn(
+                "Statistics that were recomputed for the averages (`update_batch_norm`) are kept by "
+                "`tf.train.Checkpoint` only. From this file the model gets those that it holds now, and "
+                "the others must be recomputed."
+            )
+
+    def _warn_of_losses_in_h5(self) -> None:
+        self._warn_of_lost_statistics()
+        if getattr(self, "_is_wrapped_by_loss_scale_optimizer", False):
+            _warn(
+                "An `.h5` file of a model whose optimizer is a LossScaleOptimizer can be loaded, but its "
+                "state not: averages, number of steps, the inner optimizer's variables and the loss "
+                "scale are lost. Save to `.keras` or with `tf.train.Checkpoint`, which keep them."
+            )
+        elif self._has_fixed_set:
+            _warn(
+                "An `.h5` file does not say which variables were given to `shadow_copy`, so the "
+                "optimizer's state (averages, number of steps, the inner optimizer's variables) cannot "
+                "be loaded from it. Save to `.keras` or with `tf.train.Checkpoint`, which keep it."
+            )
 
     # Configuration.
 
@@ -797,7 +877,8 @@ class AveragedOptimizerWrapper(tf_keras.optimizers.Optimizer):
         """
         config = dict(config)
         config.pop("is_legacy_optimizer", None)
-        config["optimizer"] = inner_optimizers.deserialize(config["optimizer"], custom_objects)
+        if "optimizer" in config:
+            config["optimizer"] = inner_optimizers.deserialize(config["optimizer"], custom_objects)
         return cls(**config)
 
     @property
@@ -904,10 +985,62 @@ class AveragedOptimizerWrapper(tf_keras.optimizers.Optimizer):
 
     def _trackable_children(self, save_type="checkpoint", **kwargs):
         if save_type == "savedmodel":
-            # tf_keras keeps no optimizer in this format, but looks for these two when it loads.
+            _warn(
+                "A SavedModel keeps no state of the optimizer: averages, number of steps and the inner "
+                "optimizer's variables are not in it. Save to `.keras` or with `tf.train.Checkpoint`, "
+                "which keep them; to export a model with averaged weights, save it inside "
+                "`with optimizer.swapped_weights():`."
+            )
+            # tf_keras looks for these two when it loads.
             return {"_iterations": self.iterations, "_variables": self._variables}
         # Not the base class's: it would answer from a copy made when it was first asked.
-        return tf.__internal__.tracking.AutoTrackable._trackable_children(self, save_type, **kwargs)
+        children = tf.__internal__.tracking.AutoTrackable._trackable_children(self, save_type, **kwargs)
+        children["own_variables"] = children.pop("_variables")
+        return children
+
+    # Restoring what other optimizers wrote. Their names are not looked up here, but come as unmatched.
+
+    def _lookup_dependency(self, name, cached_dependencies=None):
+        if name in foreign_checkpoints.NAMES:
+            return None
+        if name == "own_variables":
+            return self._variables
+        return super()._lookup_dependency(name, cached_dependencies)
+
+    @property
+    def _deferred_dependencies(self):
+        return self._unmatched
+
+    def _take_unmatched(self, name: str, position: checkpoint_positions.Position) -> bool:
+        if name not in foreign_checkpoints.NAMES or not tf.executing_eagerly():
+            return False
+        self._restore_foreign(position)
+        return True
+
+    def _restore_foreign(self, position: checkpoint_positions.Position) -> None:
+        owner = checkpoint_positions.Owner(
+            position, lambda item: item is self or getattr(item, "inner_optimizer", None) is self
+        )
+        if owner.children:  # Otherwise this is done.
+            restored = foreign_checkpoints.restore(
+                owner, self._inner_optimizer, self._averages, self._updates_so_far
+            )
+            self._restored_inner = self._no_dependency(restored)
+
+    def _create_or_restore_slot_variable(self, slot_variable_position, slot_name, variable, **kwargs):
+        self._restore_foreign(slot_variable_position)
+        target = self._averages if slot_name == "average" else self._restored_inner
+        return target._create_or_restore_slot_variable(
+            slot_variable_position=slot_variable_position,
+            slot_name=slot_name,
+            variable=variable,
+            **kwargs,
+        )
+
+    def _updates_so_far(self) -> int:
+        """How many updates were due in the steps taken."""
+        since_start = int(self.iterations.numpy()) - 1 - self.start_averaging
+        return max(since_start // self._average_period + 1, 0)
 
 
 def _inner_setting(name: str, doc: str) -> property:
@@ -934,6 +1067,19 @@ class _CallableList(list):
 
     def __call__(self) -> list:
         return self
+
+
+def register(cls: Type[AveragedOptimizerWrapper]) -> Type[AveragedOptimizerWrapper]:
+    """Class decorator: registers a scheme of this package, so that Keras can load it.
+
+    In an `.h5` file a LossScaleOptimizer names what is inside it by the bare name of the class.
+    """
+    tf_keras.saving.get_custom_objects().setdefault(cls.__name__, cls)
+    return tf_keras.saving.register_keras_serializable(package="tf_averaging")(cls)
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, stacklevel=3)
 
 
 def _after(result):

@@ -29,7 +29,7 @@ from tf_averaging import inner_optimizer as inner_optimizers
 Schedule = tf_keras.optimizers.schedules.LearningRateSchedule
 
 
-@tf_keras.saving.register_keras_serializable(package="tf_averaging")
+@averaged_optimizer_wrapper.register
 class ExponentialMovingAverage(averaged_optimizer_wrapper.AveragedOptimizerWrapper):
     """The exponential moving average of the weights (Polyak averaging).
 
@@ -137,8 +137,8 @@ class ExponentialMovingAverage(averaged_optimizer_wrapper.AveragedOptimizerWrapp
     def from_config(cls, config: Dict[str, Any], custom_objects: Optional[Dict[str, Any]] = None):
         """Creates the optimizer that `get_config` described; see `AveragedOptimizerWrapper`."""
         if isinstance(config.get("average_decay"), dict):
-            schedule = tf_keras.optimizers.schedules.deserialize(
-                inner_optimizers.copy_containers(config["average_decay"]), custom_objects
+            schedule = inner_optimizers.read_config(
+                tf_keras.optimizers.schedules.deserialize, config["average_decay"], custom_objects
             )
             config = {**config, "average_decay": schedule}
         return super().from_config(config, custom_objects)

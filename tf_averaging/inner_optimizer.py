@@ -15,8 +15,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import inspect
-from typing import Any, Dict, List, Optional, Sequence, Union
+from typing import Any, Callable, Dict, List, Optional, Sequence, Union
 
 import numpy as np
 import tensorflow as tf
@@ -177,16 +179,45 @@ def deserialize(config: Any, custom_objects: Optional[Dict[str, Any]] = None) ->
     """
     if not isinstance(config, dict):
         return config
-    if "module" not in config:
-        return tf_keras.optimizers.deserialize(
-            copy_containers(config), custom_objects=custom_objects, use_legacy_format=True
+    if not isinstance(config.get("class_name"), str) or not isinstance(config.get("config"), dict):
+        raise ValueError(
+            "Expected the config dict of an optimizer, with a name under 'class_name' and a dict under "
+            f"'config'. Received: {config!r}"
         )
+    deserialize_ = tf_keras.saving.deserialize_keras_object
+    if "module" in config:
+        custom_objects = {**_class_by_bare_name(config), **(custom_objects or {})}
+    else:
+        deserialize_ = functools.partial(tf_keras.optimizers.deserialize, use_legacy_format=True)
+    return read_config(deserialize_, config, custom_objects)
+
+
+def read_config(read: Callable, config: Dict[str, Any], custom_objects: Optional[Dict[str, Any]]) -> Any:
+    """`read(config, custom_objects=custom_objects)`, which leaves `config` as it is.
+
+    Raises:
+      TypeError: as tf_keras does.
+      ValueError: as tf_keras does, or if it fails in any other way, as it may on a config that is not
+        what it should be: an object in it is not looked at before it is used.
+    """
     try:
-        return tf_keras.saving.deserialize_keras_object(
-            copy_containers(config), custom_objects=custom_objects
-        )
-    except ValueError:  # While a .h5 file is loaded it knows custom objects only.
-        return tf_keras.optimizers.deserialize(copy_containers(config), custom_objects=custom_objects)
+        return read(copy_containers(config), custom_objects=custom_objects)
+    except (TypeError, ValueError):
+        raise
+    except Exception as error:
+        raise ValueError(f"Expected the config of a Keras object. Received: {config!r}") from error
+
+
+def _class_by_bare_name(config: Dict[str, Any]) -> Dict[str, type]:
+    """The class that a config means, by the name under which tf_keras looks for it in `.h5` files."""
+    generations = {
+        "keras.optimizers": tf_keras.optimizers,
+        "keras.optimizers.legacy": tf_keras.optimizers.legacy,
+    }
+    known = tf_keras.saving.get_registered_object(config.get("registered_name"))
+    if known is None:
+        known = getattr(generations.get(str(config["module"])), str(config.get("class_name")), None)
+    return {} if known is None else {config["class_name"]: known}
 
 
 def build(optimizer: Optimizer, var_list: Sequence[tf.Variable]) -> None:
@@ -222,10 +253,27 @@ def compute_gradients(optimizer: Optimizer, loss, var_list, tape) -> list:
     return optimizer.compute_gradients(loss, var_list, tape=tape)
 
 
-def state(optimizer: Optimizer) -> List[tf.Variable]:
-    """All variables of the optimizer, iterations first."""
+def state(optimizer: Optimizer, trained: Sequence[tf.Variable] = ()) -> List[tf.Variable]:
+    """All variables of the optimizer, iterations first.
+
+    Args:
+      optimizer: the optimizer.
+      trained: the variables that it trains. A restored checkpoint has legacy optimizers create their
+        slots in the order of the file; here they come in this one.
+    """
     variables = list(optimizer.weights if is_legacy(optimizer) else optimizer.variables)
     iterations = optimizer.iterations
     if not is_legacy(optimizer):
         del variables[0]  # The counter it was created with, which another one may have replaced.
-    return [iterations] + [variable for variable in variables if variable is not iterations]
+    slots = _slots(optimizer, trained) if is_legacy(optimizer) else []
+    in_order = {id(variable) for variable in [iterations, *slots]}
+    return [iterations] + [v for v in variables if id(v) not in in_order] + slots
+
+
+def _slots(optimizer: tf_keras.optimizers.legacy.Optimizer, trained: Sequence[tf.Variable]) -> list:
+    slots = []
+    for name in sorted(optimizer.get_slot_names()):
+        for variable in trained:
+            with contextlib.suppress(KeyError):  # Created when a gradient first reaches the variable.
+                slots.append(optimizer.get_slot(variable, name))
+    return slots

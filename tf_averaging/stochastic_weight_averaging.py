@@ -19,13 +19,12 @@ from typing import Any, Dict, Union
 
 import numpy as np
 import tensorflow as tf
-import tf_keras
 
 from tf_averaging import averaged_optimizer_wrapper
 from tf_averaging import inner_optimizer as inner_optimizers
 
 
-@tf_keras.saving.register_keras_serializable(package="tf_averaging")
+@averaged_optimizer_wrapper.register
 class SWA(averaged_optimizer_wrapper.AveragedOptimizerWrapper):
     """Stochastic weight averaging (arXiv:1803.05407): the mean of snapshots of the weights.
 

@@ -1,0 +1,93 @@
+# Copyright 2026 The tf_averaging Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The example, run as a user runs it: in its own process, with as little training as it takes."""
+
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tf_keras
+
+pytest.importorskip("sklearn")
+pytest.importorskip("matplotlib")
+pytestmark = pytest.mark.slow
+
+SCRIPT = pathlib.Path(__file__).parent.parent / "examples" / "digits.py"
+RESULT = r"\d\.\d{4} ± \d\.\d{4}"
+
+
+def run(*flags):
+    command = [sys.executable, str(SCRIPT), *flags]
+    return subprocess.run(command, capture_output=True, encoding="utf-8", timeout=300)
+
+
+@pytest.fixture(scope="module")
+def example(tmp_path_factory):
+    """The finished process and the directory of what it wrote."""
+    output_dir = tmp_path_factory.mktemp("output")
+    process = run("--epochs=2", "--seeds=1", "--batch_size=64", f"--output_dir={output_dir}")
+    assert process.returncode == 0, process.stderr
+    return process, output_dir
+
+
+def test_prints_raw_against_averaged(example):
+    process, _ = example
+    (alone,) = re.findall(rf"^sgd alone +({RESULT}) +- +({RESULT}) +-$", process.stdout, re.M)
+    averaged = re.findall(
+        rf"^(SWA|EMA) +({RESULT}) +{RESULT} +({RESULT}) +{RESULT}$", process.stdout, re.M
+    )
+    # Averaging does not change the training: all three trained the same weights.
+    assert averaged == [("SWA", *alone), ("EMA", *alone)]
+
+
+def test_shows_the_progress_bar_with_both_accuracies(example):
+    process, _ = example
+    assert re.search(r"=\].* val_accuracy: .* average_val_accuracy: ", process.stdout)
+
+
+def test_draws_the_curves(example):
+    _, output_dir = example
+    assert (output_dir / "validation_accuracy.png").read_bytes().startswith(b"\x89PNG\r\n")
+
+
+def test_saves_a_model_that_loads(example):
+    _, output_dir = example
+    model = tf_keras.models.load_model(output_dir / "averaged.keras")
+    assert model.predict(np.zeros([1, 8, 8, 1]), verbose=0).shape == (1, 10)
+
+
+def test_checks_the_saved_model_in_a_new_process(example):
+    process, output_dir = example
+    assert f"{output_dir / 'averaged.keras'}, loaded in a new process, predicts" in process.stderr
+
+
+def test_a_model_that_predicts_something_else_fails_the_check(example, tmp_path):
+    _, output_dir = example
+    shutil.copytree(output_dir, tmp_path, dirs_exist_ok=True)
+    predictions = np.load(tmp_path / "averaged_predictions.npy")
+    np.save(tmp_path / "averaged_predictions.npy", predictions + 1e-3)
+    process = run("--check_only", f"--output_dir={tmp_path}")
+    assert process.returncode == 1
+    assert "predicts something else" in process.stderr
+
+
+def test_help_shows_every_flag():
+    process = run("--help")
+    assert process.returncode in (0, 1)  # absl exits with 1 after help in some of its versions.
+    for flag in ("epochs", "seeds", "output_dir", "optimizer", "learning_rate", "batch_size"):
+        assert f"--{flag}:" in process.stdout

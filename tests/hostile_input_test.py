@@ -1,0 +1,249 @@
+# Copyright 2026 The tf_averaging Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Hostile and broken input: configs, arrays and files that are not what they should be."""
+
+import copy
+import warnings
+import zipfile
+
+import hypothesis
+import numpy as np
+import pytest
+import tensorflow as tf
+import tf_keras
+from hypothesis import strategies as st
+
+import tf_averaging as tfav
+
+SETTINGS = {
+    "deadline": None,
+    "derandomize": True,
+    "suppress_health_check": list(hypothesis.HealthCheck),
+}
+X = np.random.default_rng(0).normal(size=(16, 3)).astype(np.float32)
+Y = X[:, :1]
+
+SCALARS = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-(2**70), 2**70),
+    st.floats(),
+    st.text(max_size=8),
+    st.sampled_from(["Adam", "SGD", "tf_averaging>SWA", "Dense", "function", "os", "builtins", "print"]),
+)
+VALUES = st.recursive(
+    SCALARS,
+    lambda values: (
+        st.lists(values, max_size=3) | st.dictionaries(st.text(max_size=8), values, max_size=3)
+    ),
+    max_leaves=5,
+)
+OPTIMIZERS = {
+    "swa": lambda: tfav.SWA(tf_keras.optimizers.Adam(0.1)),
+    "ema": lambda: tfav.ExponentialMovingAverage(
+        tf_keras.optimizers.legacy.SGD(0.1, momentum=0.9),
+        average_decay=tf_keras.optimizers.schedules.ExponentialDecay(0.9, 10, 0.9),
+    ),
+}
+
+
+def paths_in(config, path=()):
+    for key, value in config.items():
+        yield (*path, key)
+        if isinstance(value, dict):
+            yield from paths_in(value, (*path, key))
+
+
+@hypothesis.settings(max_examples=400, **SETTINGS)
+@hypothesis.given(name=st.sampled_from(sorted(OPTIMIZERS)), data=st.data())
+def test_changed_configs(name, data):
+    config = OPTIMIZERS[name]().get_config()
+    for _ in range(data.draw(st.integers(1, 3))):
+        *path, last = data.draw(st.sampled_from(list(paths_in(config))))
+        part = config
+        for key in path:
+            part = part[key]
+        if data.draw(st.booleans()):
+            part[last] = data.draw(VALUES)
+        else:
+            del part[last]
+    before = copy.deepcopy(config)
+    cls = type(OPTIMIZERS[name]())
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            optimizer = cls.from_config(config)
+    except (TypeError, ValueError):
+        pass
+    else:
+        assert isinstance(optimizer, cls)
+        assert isinstance(
+            optimizer.inner_optimizer,
+            (tf_keras.optimizers.Optimizer, tf_keras.optimizers.legacy.Optimizer),
+        )
+    assert repr(config) == repr(before)
+
+
+@pytest.mark.parametrize(
+    "inner",
+    [
+        {"module": "no_such_module", "class_name": "X", "config": {}, "registered_name": None},
+        {"module": "keras.optimizers", "class_name": "X", "config": {}, "registered_name": None},
+        {
+            "module": "keras.layers",
+            "class_name": "Dense",
+            "config": {"units": 1},
+            "registered_name": None,
+        },
+        {"module": "collections", "class_name": "Counter", "config": {}, "registered_name": None},
+        {"module": "os", "class_name": "function", "config": "getcwd", "registered_name": "getcwd"},
+        {
+            "module": "builtins",
+            "class_name": "function",
+            "config": "print",
+            "registered_name": "function",
+        },
+        {"module": "builtins", "class_name": "__lambda__", "config": {"value": ["", None, None]}},
+        {"class_name": "NoSuchOptimizer", "config": {}},
+        {"class_name": "Adam"},
+        {"config": {}},
+        {},
+        [],
+        7,
+        None,
+        "no_such_optimizer",
+    ],
+)
+def test_config_that_names_no_optimizer(inner):
+    config = {**tfav.SWA("sgd").get_config(), "optimizer": inner}
+    with pytest.raises((TypeError, ValueError)):
+        tfav.SWA.from_config(config)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """(a trained model, the bytes of its `.keras` and `.weights.h5` files, its state there)"""
+    directory = tmp_path_factory.mktemp("saved")
+    tf_keras.utils.set_random_seed(1)
+    model = tf_keras.Sequential([tf_keras.layers.Dense(2, input_shape=(3,)), tf_keras.layers.Dense(1)])
+    model.compile(tfav.SWA(tf_keras.optimizers.Adam(0.1), 0, 1), "mse")
+    model.fit(X, Y, epochs=3, batch_size=8, verbose=0)
+    names = ["model.keras", "x.weights.h5"]
+    model.save(directory / names[0])
+    model.save_weights(directory / names[1])
+    return model, {name: (directory / name).read_bytes() for name in names}, state_of(model.optimizer)
+
+
+def state_of(optimizer):
+    return [np.asarray(array).tobytes() for array in optimizer.get_weights()]
+
+
+ARRAYS = st.one_of(
+    st.builds(np.zeros, st.sampled_from([(), (0,), (1,), (2,), (3, 2), (2, 1), (1, 1)])),
+    st.builds(
+        lambda shape, dtype: np.ones(shape, dtype),
+        st.sampled_from([(), (0,), (1,), (2,), (3, 2), (2, 1)]),
+        st.sampled_from(
+            ["int64", "float16", "float32", "bool", "complex64", "U3", "O", "V2", "longdouble"]
+        ),
+    ),
+    st.integers(-5, 5).map(np.int64),
+    VALUES,
+)
+
+
+@hypothesis.settings(max_examples=150, **SETTINGS)
+@hypothesis.given(data=st.data())
+def test_changed_arrays_change_everything_or_nothing(saved, data):
+    model, _, _ = saved
+    optimizer = model.optimizer
+    store = {}
+    optimizer.save_own_variables(store)
+    for _ in range(data.draw(st.integers(1, 3))):
+        key = data.draw(st.sampled_from(sorted(store)) | st.text(max_size=3)) if store else "0"
+        if data.draw(st.booleans()):
+            store[key] = data.draw(ARRAYS)
+        else:
+            store.pop(key, None)
+    before, weights = state_of(optimizer), optimizer.get_weights()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        optimizer.load_own_variables(store)
+    if any("not loaded" in str(warning.message) for warning in caught):
+        assert state_of(optimizer) == before
+    optimizer.set_weights(weights)
+    assert state_of(optimizer) == before
+
+
+@hypothesis.settings(max_examples=150, **SETTINGS)
+@hypothesis.given(data=st.data())
+def test_changed_weights_change_everything_or_nothing(saved, data):
+    optimizer = saved[0].optimizer
+    weights = optimizer.get_weights()
+    before = state_of(optimizer)
+    changed = list(weights)
+    for _ in range(data.draw(st.integers(1, 2))):
+        index = data.draw(st.integers(0, len(changed)))
+        changed[index : index + data.draw(st.integers(0, 1))] = [data.draw(ARRAYS)]
+    try:
+        optimizer.set_weights(changed)
+    except (TypeError, ValueError):
+        assert state_of(optimizer) == before
+    optimizer.set_weights(weights)
+    assert state_of(optimizer) == before
+
+
+@hypothesis.settings(max_examples=100, **SETTINGS)
+@hypothesis.given(data=st.data(), name=st.sampled_from(["model.keras", "x.weights.h5"]))
+def test_broken_files(saved, tmp_path_factory, name, data):
+    model, files, _ = saved
+    content = bytearray(files[name])
+    if name.endswith(".h5") or data.draw(st.booleans()):
+        del content[data.draw(st.integers(0, len(content) - 1)) :]
+    else:  # In the directory of the archive, which has no checksum, and in the files, which have.
+        start = data.draw(st.integers(0, len(content) - 1))
+        content[start : start + 8] = data.draw(st.binary(min_size=8, max_size=8))
+    path = tmp_path_factory.getbasetemp() / ("broken." + name)
+    path.write_bytes(content)
+    before = state_of(model.optimizer)
+    weights = model.get_weights(), model.optimizer.get_weights()
+    read_errors = (OSError, KeyError, EOFError, NotImplementedError, RuntimeError, zipfile.BadZipFile)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            model.load_weights(str(path))
+        except (TypeError, ValueError, *read_errors):
+            pass
+    if any("not loaded" in str(warning.message) for warning in caught):
+        assert state_of(model.optimizer) == before
+    model.set_weights(weights[0])
+    model.optimizer.set_weights(weights[1])
+    assert state_of(model.optimizer) == before
+
+
+@pytest.mark.parametrize("suffix", [".index", ".data-00000-of-00001"])
+@pytest.mark.parametrize("part", [0.0, 0.5, 0.9])
+def test_broken_checkpoint(saved, tmp_path, suffix, part):
+    model, _, _ = saved
+    checkpoint = tf.train.Checkpoint(model=model, optimizer=model.optimizer)
+    path = checkpoint.write(str(tmp_path / "ckpt"))
+    file = tmp_path / ("ckpt" + suffix)
+    content = file.read_bytes()
+    file.write_bytes(content[: int(part * len(content))])
+    weights = model.get_weights(), model.optimizer.get_weights()
+    with pytest.raises((tf.errors.OpError, ValueError, IndexError)):
+        checkpoint.restore(path).assert_consumed()
+    model.set_weights(weights[0])
+    model.optimizer.set_weights(weights[1])
+    model.fit(X, Y, verbose=0)

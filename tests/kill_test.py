@@ -1,0 +1,95 @@
+# Copyright 2026 The tf_averaging Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""A run that is killed at any moment resumes to the same end, bit for bit."""
+
+import itertools
+import multiprocessing
+import os
+import pathlib
+import signal
+
+import numpy as np
+import pytest
+
+from tests import kill_loops
+
+SEED = int(os.environ.get("KILL_TEST_SEED", "20261120"))
+KILLS = 8  # For each loop and scheme.
+
+
+@pytest.fixture(scope="module")
+def processes():
+    """Starts processes by forking one that has imported everything, which takes longer than to train."""
+    root = str(pathlib.Path(__file__).parent.parent)
+    path = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = root if path is None else os.pathsep.join([root, path])
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.kill_loops"])
+    yield context
+    if path is None:
+        del os.environ["PYTHONPATH"]
+    else:
+        os.environ["PYTHONPATH"] = path
+
+
+def run(processes, loop, scheme, directory, result, kill_at=None):
+    """Runs a loop in a new process, until its end or until its event number `kill_at`.
+
+    Returns:
+      The events.
+    """
+    receiver, sender = processes.Pipe(duplex=False)
+    process = processes.Process(target=loop, args=(scheme, str(directory), str(result), sender))
+    process.start()
+    sender.close()
+    events = []
+    try:
+        while kill_at is None or len(events) <= kill_at:
+            events.append(receiver.recv())
+        os.kill(process.pid, signal.SIGKILL)
+    except EOFError:  # It has come to its end.
+        pass
+    process.join()
+    assert process.exitcode in (0, -signal.SIGKILL)
+    return events
+
+
+def arrays(path):
+    with np.load(path) as file:
+        return [file[name].tobytes() for name in file.files]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["swa", "ema"])
+@pytest.mark.parametrize("loop", [kill_loops.checkpoint_manager, kill_loops.backup_and_restore])
+def test_killed_run_resumes_to_the_same_end(processes, tmp_path, loop, scheme):
+    (tmp_path / "undisturbed").mkdir()
+    events = run(processes, loop, scheme, tmp_path / "undisturbed", tmp_path / "expected.npz")
+    expected = arrays(tmp_path / "expected.npz")
+    rng = np.random.default_rng([SEED, len(events)])
+    killed = []
+    for number in itertools.count():
+        if len(killed) >= KILLS:
+            break
+        directory, result = tmp_path / f"run{number}", tmp_path / f"result{number}.npz"
+        directory.mkdir()
+        for _ in range(4):
+            at = run(processes, loop, scheme, directory, result, kill_at=int(rng.integers(len(events))))
+            if result.exists():
+                break
+            killed.append(at[-1])
+        else:
+            run(processes, loop, scheme, directory, result)
+        assert arrays(result) == expected
+    print(f"\n{loop.__name__}, {scheme}: seed {SEED}, {len(killed)} kills, each at: {killed}")
