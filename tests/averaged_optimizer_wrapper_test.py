@@ -399,6 +399,14 @@ class TestSlotsAndState:
     def test_slot_names(self):
         assert tfav.SWA("sgd").get_slot_names() == ["average"]
 
+    def test_slots_are_there_in_the_scope_and_outside(self, strategy):
+        with strategy.scope():
+            variable = tf.Variable([1.0, 2.0])
+            optimizer = tfav.SWA("sgd")
+            optimizer.shadow_copy([variable])
+            average = optimizer.get_slot(variable, "average")
+        assert optimizer.get_slot(variable, "average") is average
+
     def test_slots_of_a_legacy_inner_optimizer(self):
         variable = tf.Variable([1.0, 2.0])
         optimizer = tfav.SWA(tf_keras.optimizers.legacy.SGD(0.1, momentum=0.9))

@@ -661,7 +661,8 @@ class AveragedOptimizerWrapper(tf_keras.optimizers.Optimizer):
           KeyError: if there is no such slot.
         """
         if slot_name == "average":
-            if not hasattr(var, "handle") and not hasattr(var, "variables"):
+            # By type: to ask a distributed variable for its `handle` is an error across replicas.
+            if not isinstance(var, (tf.Variable, tf.__internal__.distribute.ShardedVariable)):
                 raise KeyError(f"Expected a variable. Received: {var!r}")
             self._refresh()
             average = self._averages.get_slot(var, "average")

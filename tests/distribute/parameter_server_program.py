@@ -155,7 +155,10 @@ def one_device_weights(make, initial):
 
 
 def asynchronous_steps_are_each_averaged_once(strategy):
-    """Each fold closes 1/2^20 of the gap; 60 at a time from two workers, and none may be lost."""
+    """Each fold closes 1/2^20 of the gap; two workers do 60, and none may be lost.
+
+    The matrix is large, so that folds of one worker begin while those of the other run.
+    """
     folds, weight = 60, 2.0**-20
 
     class Slow(tfav.AveragedOptimizerWrapper):
@@ -163,7 +166,7 @@ def asynchronous_steps_are_each_averaged_once(strategy):
             return tf.constant(weight, tf.float64)
 
     with strategy.scope():
-        whole = [tf.Variable(tf.zeros([4, 2]), name="matrix"), tf.Variable(0.0, name="scalar")]
+        whole = [tf.Variable(tf.zeros([2000, 1000]), name="matrix"), tf.Variable(0.0, name="scalar")]
         optimizer = Slow(tf_keras.optimizers.SGD(1.0))
     variables = [shard for v in whole for shard in (v.variables if is_sharded(v) else [v])]
     optimizer.shadow_copy(variables)
