@@ -6,13 +6,16 @@ BIN = $(VENV)/bin
 EXAMPLE_FLAGS ?=
 PYTEST_FLAGS ?=
 
-.PHONY: test example lint format clean
+.PHONY: test example multi_worker lint format clean
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)
 
 example: $(VENV)/.installed
 	$(BIN)/python examples/digits.py $(EXAMPLE_FLAGS)
+
+multi_worker: $(VENV)/.installed
+	$(BIN)/python examples/multi_worker.py $(EXAMPLE_FLAGS)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

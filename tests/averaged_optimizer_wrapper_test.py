@@ -513,6 +513,42 @@ class TestSlotsAndState:
         np.testing.assert_array_equal(loaded.predict(X, verbose=0), model.predict(X, verbose=0))
 
 
+@pytest.mark.parametrize("generation", [tf_keras.optimizers, tf_keras.optimizers.legacy])
+def test_iterations_may_be_a_variable_of_the_users(generation):
+    steps = tf.Variable(2**31, dtype=tf.int64)
+    optimizer, variable = tfav.SWA(generation.SGD(1.0), 2**31 + 1, 1), tf.Variable(0.0)
+    optimizer.iterations = steps
+    assert optimizer.iterations is steps
+    for _ in range(3):
+        optimizer.apply_gradients([(tf.constant(-1.0), variable)])
+    assert steps.numpy() == 2**31 + 3
+    assert optimizer.get_slot(variable, "average").numpy() == 2.5
+    assert optimizer.get_weights()[0] == 2**31 + 3
+    assert sum(v.dtype == tf.int64 and v.shape == [] for v in optimizer.variables) == 3
+
+
+def test_list_of_a_models_variables_is_a_list():
+    """Though Keras gives lists that a model keeps the attributes of a model."""
+
+    class Model(tf_keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.scale = tf.Variable(2.0)
+            self.chosen = [self.scale]
+            self.dense = tf_keras.layers.Dense(1)
+
+        def call(self, inputs):
+            return self.scale * self.dense(inputs)
+
+    model = Model()
+    model(X)
+    optimizer = tfav.SWA("sgd")
+    optimizer.shadow_copy(model.chosen)
+    model.compile(optimizer, "mse")
+    model.fit(X, Y, verbose=0)
+    assert [has_average(optimizer, v) for v in model.variables].count(True) == 1
+
+
 class TestKerasTraining:
     def test_learning_rate_callbacks_reach_the_inner_optimizer(self):
         model = dense_model()

@@ -295,7 +295,7 @@ def test_assigning_where_nothing_has_an_average():
 @pytest.mark.parametrize("rubbish", [3, None], ids=repr)
 def test_assigning_to_rubbish(rubbish):
     optimizer, _ = trained()
-    with pytest.raises(TypeError, match="Expected a model or a list of variables"):
+    with pytest.raises(TypeError, match="Expected a list of variables"):
         optimizer.assign_average_vars(rubbish)
 
 
@@ -732,7 +732,7 @@ def test_variable_that_appears_after_build_with_current_generation_inside():
 
 @pytest.mark.parametrize("name", ["clipnorm", "clipvalue", "global_clipnorm"])
 def test_negative_clipping(name):
-    with pytest.raises(ValueError, match=f"Expected `{name}` >= 0"):
+    with pytest.raises(ValueError, match=f"Expected `{name}` to be a number >= 0"):
         SWA("sgd", **{name: -1.0})
 
 
@@ -744,3 +744,82 @@ def test_start_averaging_of_ema():
 def test_sequential_update_of_wrong_type():
     with pytest.raises(TypeError, match="Expected `sequential_update` to be a bool"):
         SWA("sgd", sequential_update="yes")
+
+
+class TestWhatHooksReturn:
+    """A wrong shape would silently change the shape of the average, and by a swap the variable's."""
+
+    @pytest.mark.parametrize("in_function", [False, True])
+    @pytest.mark.parametrize(
+        ("returned", "message"),
+        [
+            (
+                lambda average: tf.reduce_max(average),
+                r"shape \(2,\) and dtype float32. Received one of shape \(\)",
+            ),
+            (lambda average: tf.cast(average, tf.float64), "dtype float64"),
+        ],
+        ids=["shape", "dtype"],
+    )
+    def test_average_op(self, returned, message, in_function):
+        class Wrong(tfav.AveragedOptimizerWrapper):
+            def average_op(self, var, average_var):
+                return returned(average_var)
+
+        optimizer, variable = Wrong("sgd"), tf.Variable([1.0, 2.0])
+
+        def step():
+            optimizer.apply_gradients([(tf.ones([2]), variable)])
+
+        with pytest.raises(ValueError, match=message):
+            (tf.function(step) if in_function else step)()
+        np.testing.assert_array_equal(optimizer.get_slot(variable, "average").shape, [2])
+
+    def test_averaging_weight_of_wrong_shape(self):
+        class Wrong(tfav.AveragedOptimizerWrapper):
+            def averaging_weight(self, step):
+                return [0.5, 0.25]
+
+        with pytest.raises(ValueError, match="`averaging_weight` to be a scalar"):
+            Wrong("sgd").apply_gradients([(tf.ones([2]), tf.Variable([1.0, 2.0]))])
+
+    @pytest.mark.parametrize(
+        "weight", [0.5, np.float32(0.5), tf.constant(0.5), tf.constant(0.5, tf.float64)]
+    )
+    def test_averaging_weight_may_be_any_number(self, weight):
+        class Half(tfav.AveragedOptimizerWrapper):
+            def averaging_weight(self, step):
+                return weight
+
+        optimizer, variable = Half(tf_keras.optimizers.SGD(1.0)), tf.Variable(3.0)
+        optimizer.apply_gradients([(tf.constant(2.0), variable)])
+        assert optimizer.get_slot(variable, "average").numpy() == 2.0
+        optimizer.update_average(tf.constant(1.0))
+        assert optimizer.get_slot(variable, "average").numpy() == 1.0
+
+
+@pytest.mark.parametrize("thing", [None, "x", 3], ids=repr)
+def test_slot_of_no_variable(thing):
+    with pytest.raises(KeyError):
+        trained()[0].get_slot(thing, "average")
+
+
+@pytest.mark.parametrize("value", [3, "words", True], ids=repr)
+def test_average_of_no_number(value):
+    with pytest.raises(ValueError, match="Expected a floating-point or complex variable"):
+        SWA("sgd").add_slot(tf.Variable(value, trainable=False), "average")
+
+
+def test_list_after_averages_of_other_variables():
+    optimizer, variable = trained()
+    with pytest.raises(ValueError, match="other variables are averaged already"):
+        optimizer.shadow_copy([tf.Variable(1.0)])
+    assert optimizer.get_slot(variable, "average") is not None
+
+
+@pytest.mark.parametrize("value", ["x", [1.0], -1.0, float("nan")], ids=repr)
+def test_clipping_that_is_no_number(value):
+    inner = tf_keras.optimizers.SGD()
+    with pytest.raises(ValueError, match="Expected `clipnorm` to be a number >= 0"):
+        SWA(inner, clipnorm=value)
+    assert inner.clipnorm is None

@@ -207,6 +207,20 @@ def test_training_goes_on_after_assign(strategy):
         np.testing.assert_array_equal(variable.numpy(), expected)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_average_is_read_in_either_state(strategy, dtype):
+    optimizer, variables = trained(strategy, dtype)
+    averages = [optimizer.get_slot(v, "average").numpy() for v in variables]
+    read_in_graph = tf.function(lambda v=variables: [optimizer.get_average(variable) for variable in v])
+    for _ in range(3):
+        for variable, in_graph, average in zip(variables, read_in_graph(), averages):
+            np.testing.assert_array_equal(optimizer.get_average(variable).numpy(), average)
+            np.testing.assert_array_equal(in_graph.numpy(), average)
+        optimizer.swap_weights()
+    with pytest.raises(KeyError):
+        optimizer.get_average(tf.Variable(1.0))
+
+
 class TestSwappedWeights:
     @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit, GeneratorExit])
     def test_restores_after_any_exception(self, strategy, error):

@@ -258,17 +258,17 @@ class AverageVariables(tf.__internal__.tracking.Trackable):
         Returns:
           An int where it is known; in graphs that are built after `begin`, a scalar int64 tensor.
         """
-        if self.first_step is None:
-            return default if self._first_step == NOT_SET else self._first_step
+        first_step = self._first_step
         with tf.init_scope():
-            if tf.executing_eagerly():
-                value = int(average_ops.read(average_ops.all_components(self.first_step)[0]))
-                if value == NOT_SET:
-                    return default
-        if tf.executing_eagerly():
-            return value
-        first_step = average_ops.read(average_ops.components(self.first_step)[0])
-        return tf.where(tf.equal(first_step, NOT_SET), tf.constant(default, tf.int64), first_step)
+            # In graphs of TF 1 nobody can look while they are built: what was said here counts.
+            can_look = tf.executing_eagerly() and self.first_step is not None
+            if can_look:
+                first_step = int(average_ops.read(average_ops.all_components(self.first_step)[0]))
+        if first_step == NOT_SET:
+            return default
+        if tf.executing_eagerly() or not can_look:
+            return first_step
+        return average_ops.read(average_ops.components(self.first_step)[0])
 
     def count(self) -> tf.Tensor:
         """How many updates the averages hold: scalar int64 tensor."""
@@ -292,6 +292,18 @@ class AverageVariables(tf.__internal__.tracking.Trackable):
             return None
         fresh = tf.logical_and(self._is_empty(), tf.logical_not(self.are_swapped()))
         return average_ops.when(fresh, self._copy_weights)
+
+    def read(self, variable: tf.Variable) -> tf.Tensor:
+        """The average of `variable`, wherever it is now: in its slot, or while swapped in the model."""
+        slots = self[variable]
+        with _after(self.refresh()):
+            if slots.stash is not None:
+                return tf.convert_to_tensor(slots.average)
+            return tf.cond(
+                self.are_swapped(),
+                lambda: tf.convert_to_tensor(slots.variable),
+                lambda: tf.convert_to_tensor(slots.average),
+            )
 
     def _copy_weights(self) -> List[Optional[tf.Operation]]:
         return average_ops.copy(self._folded_pairs())

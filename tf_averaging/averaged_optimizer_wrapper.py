@@ -16,7 +16,6 @@
 from __future__ import annotations
 
 import contextlib
-import operator
 import warnings
 from typing import Any, Dict, Iterable, List, Optional, Sequence, Type, Union
 
@@ -24,6 +23,7 @@ import numpy as np
 import tensorflow as tf
 import tf_keras
 
+from tf_averaging import argument_checks as checks
 from tf_averaging import average_ops
 from tf_averaging import average_variables
 from tf_averaging import checkpoint_positions
@@ -104,12 +104,11 @@ class AveragedOptimizerWrapper(tf_keras.optimizers.Optimizer):
         self._check_overrides()
         if not isinstance(name, str):
             raise TypeError(f"Expected `name` to be a string. Received: name={name!r}")
-        self._start_averaging = checked_count("start_averaging", start_averaging, minimum=0)
-        self._average_period = checked_count("average_period", average_period, minimum=1)
-        self._trainable_weights_only = _checked_trainable_weights_only(trainable_weights_only)
-        self._average_dtype = _checked_average_dtype(average_dtype)
-        _check_jit_compile(jit_compile)
-        inner = inner_optimizers.get(optimizer, **_checked_settings(settings))
+        self._start_averaging = checks.checked_count("start_averaging", start_averaging, minimum=0)
+        self._average_period = checks.checked_count("average_period", average_period, minimum=1)
+        self._trainable_weights_only = checks.checked_trainable_weights_only(trainable_weights_only)
+        self._average_dtype = checks.checked_average_dtype(average_dtype)
+        inner = inner_optimizers.get(optimizer, **checks.checked_settings(settings))
         self._inner_optimizer = self._no_dependency(inner)
         self._averages = self._no_dependency(average_variables.AverageVariables(self._average_dtype))
         self._trained = self._no_dependency([])
@@ -121,7 +120,7 @@ class AveragedOptimizerWrapper(tf_keras.optimizers.Optimizer):
             clipvalue=self.clipvalue,
             global_clipnorm=self.global_clipnorm,
         )
-        self.jit_compile = jit_compile
+        self.jit_compile = checks.checked_jit_compile(jit_compile)
         self._track_trackable(inner, "inner_optimizer")
         self._track_trackable(self._averages, "averages")
         self._followed_model = self._no_dependency(None)
@@ -164,7 +163,7 @@ class AveragedOptimizerWrapper(tf_keras.optimizers.Optimizer):
           The average's new value, same shape and dtype. This class returns the interpolation with
           `averaging_weight` for the step just taken.
         """
-        weight = tf.convert_to_tensor(self.averaging_weight(self._last_step()), tf.float64)
+        weight = checks.checked_weight("averaging_weight", self.averaging_weight(self._last_step()))
         return average_ops.interpolation(weight)(tf.convert_to_tensor(var), average_var)
 
     @property
@@ -206,10 +205,11 @@ class AveragedOptimizerWrapper(tf_keras.optimizers.Optimizer):
           ValueError: if there is no gradient at all, or `trainable_weights_only` is False and
             `shadow_copy` was not called.
           RuntimeError: if called in a cross-replica context.
-          tf.errors.InvalidArgumentError: when the step runs while the weights are swapped. Nothing has
-            changed then.
+          tf.errors.InvalidArgumentError: when the step runs while the weights are swapped. Neither the
+            weights nor anything of this optimizer has changed then (what ran before the step may have:
+            a forward pass in training mode, the counter of a LossScaleOptimizer).
         """
-        grads_and_vars = _checked_pairs(grads_and_vars)
+        grads_and_vars = checks.checked_pairs(grads_and_vars)
         if tf.distribute.has_strategy() and tf.distribute.in_cross_replica_context():
             raise RuntimeError(
                 "`apply_gradients` must be called on each replica, but this is a cross-replica context. "
@@ -230,7 +230,8 @@ class AveragedOptimizerWrapper(tf_keras.optimizers.Optimizer):
             )
         step = self._step()
         due = self._is_due(step)
-        with _after(self._averages.check_training()):
+        # The step is read before the inner optimizer counts it, in graphs of TF 1 too.
+        with _after(step), _after(self._averages.check_training()):
             started = None
             if not self._first_update_is_copy:
                 started = self._once(lambda: self._averages.start(due))
@@ -244,12 +245,17 @@ class AveragedOptimizerWrapper(tf_keras.optimizers.Optimizer):
 
     def _fold(self, step: tf.Tensor, weight: Optional[tf.Tensor] = None) -> list:
         """Folds the weights into the averages; `weight` replaces the scheme's own."""
+
+        def own_weight():
+            return checks.checked_weight("averaging_weight", self.averaging_weight(step))
+
+        def own_average_op(var, average_var):
+            return checks.checked_average(self.average_op(var, average_var), average_var)
+
         return self._averages.fold(
-            lambda: tf.convert_to_tensor(
-                self.averaging_weight(step) if weight is None else weight, tf.float64
-            ),
+            own_weight if weight is None else lambda: weight,
             self.jit_compile,
-            average_op=self.average_op if self._has_own_average_op and weight is None else None,
+            average_op=own_average_op if self._has_own_average_op and weight is None else None,
             first_is_copy=self._first_update_is_copy,
         )
 
@@ -361,24 +367,33 @@ class AveragedOptimizerWrapper(tf_keras.optimizers.Optimizer):
 
         Args:
           model_or_variables: a model (or layer, or `tf.Module`), which is followed: variables that it
-            gains later are averaged too; or a list of variables, which is then all that is averaged.
+            gains later are averaged too; or a list of variables, which is then all that is averaged,
+            with those of further lists, whatever model is given later.
             Variables that are neither floating-point nor complex are passed over.
 
         Raises:
           TypeError: if it is neither.
-          ValueError: if a list holds nothing that can be averaged.
+          ValueError: if a list holds nothing that can be averaged, or comes after averages of other
+            variables.
         """
-        if hasattr(type(model_or_variables), "trainable_variables"):
-            _check_not_keras_3(model_or_variables)
+        checks.check_not_keras_3(model_or_variables)
+        if isinstance(model_or_variables, tf.Module):
             self._followed_model = self._no_dependency(model_or_variables)
             self._create_averages([])
             return
-        variables = _checked_variables(model_or_variables)
+        variables = checks.checked_variables(
+            model_or_variables, "Expected a model or a list of variables."
+        )
         chosen = average_variables.averageable(variables)
         if not chosen:
             raise ValueError(
                 "Expected floating-point or complex variables to average. Received: "
                 f"{model_or_variables!r}"
+            )
+        if len(self._averages) and not self._has_fixed_set:
+            raise ValueError(
+                "A list of variables says what is averaged, and other variables are averaged already. "
+                "Expected it before training, and before `shadow_copy(model)`."
             )
         self._has_fixed_set = True
         self._averages.add(chosen)
@@ -394,7 +409,9 @@ class AveragedOptimizerWrapper(tf_keras.optimizers.Optimizer):
           variables: floating-point variables of the model. What they hold now is kept as the value that
             goes with the weights if the weights are swapped now, else with the averages.
         """
-        self._averages.add(average_variables.averageable(_checked_variables(variables)), "exchanged")
+        self._averages.add(
+            average_variables.averageable(checks.checked_variables(variables)), "exchanged"
+        )
 
     def _create_averages(self, trained: Sequence[tf.Variable]) -> None:
         """Creates the averages that are missing, of the variables trained and of the model followed."""
@@ -447,7 +464,7 @@ class AveragedOptimizerWrapper(tf_keras.optimizers.Optimizer):
           ValueError: if `step` is negative, if the constructor was given a start, or if averaging has
             begun without this having been called.
         """
-        step = checked_count("step", step, minimum=0)
+        step = checks.checked_count("step", step, minimum=0)
         if self._start_averaging:
             raise ValueError(
                 f"The optimizer was given a start in steps already, {self._start_averaging}. Expected "
@@ -482,8 +499,8 @@ class AveragedOptimizerWrapper(tf_keras.optimizers.Optimizer):
           tf.errors.InvalidArgumentError: if the weights are swapped.
         """
         self._check_has_averages("update_average")
-        if weight is not None and not tf.is_tensor(weight) and not 0 <= weight <= 1:
-            raise ValueError(f"Expected `weight` from 0 to 1. Received: weight={weight}")
+        if weight is not None:
+            weight = checks.checked_weight("weight", weight)
 
         def update():
             with _after(self._averages.check_training()):
@@ -498,8 +515,9 @@ class AveragedOptimizerWrapper(tf_keras.optimizers.Optimizer):
         """Exchanges weights and averages in place; a second call brings them back, bit for bit.
 
         It works under every strategy, inside its scope or outside, eagerly, in a `tf.function` and in a
-        replica context (where every replica must call it). Buffers change hands: it takes neither time
-        nor memory, unless the averages have another dtype than the weights.
+        replica context (where every replica must call it), but not in one that XLA compiles, which lets
+        no variable change its shape as the flag does. Buffers change hands: it takes neither time nor
+        memory, unless the averages have another dtype than the weights.
 
         Returns:
           None; in graphs of TF 1 an operation that does it.
@@ -554,6 +572,28 @@ class AveragedOptimizerWrapper(tf_keras.optimizers.Optimizer):
         swapped = self._averages.are_swapped()
         return bool(swapped) if tf.executing_eagerly() else swapped
 
+    def get_average(self, var: tf.Variable) -> tf.Tensor:
+        """The average of `var`, whether the weights are swapped or not.
+
+        >>> weight = tf.Variable(2.0)
+        >>> optimizer = tfav.SWA(tf_keras.optimizers.SGD(1.0), 0, 1)
+        >>> for _ in range(2):
+        ...     _ = optimizer.apply_gradients([(tf.constant(0.5), weight)])
+        >>> with optimizer.swapped_weights():
+        ...     print(optimizer.get_average(weight).numpy())
+        1.25
+
+        Args:
+          var: a variable of the model.
+
+        Returns:
+          A tensor shaped like `var`, in the average's dtype.
+
+        Raises:
+          KeyError: if `var` has no average.
+        """
+        return self._averages.read(var)
+
     @property
     def num_averaged(self) -> tf.Tensor:
         """How many updates the averages hold: scalar int64 tensor."""
@@ -583,7 +623,7 @@ class AveragedOptimizerWrapper(tf_keras.optimizers.Optimizer):
           tf.errors.InvalidArgumentError: if the weights are swapped: the averages are in the model.
         """
         self._check_has_averages("assign_average_vars")
-        variables = average_variables.averageable(_checked_variables(var_list))
+        variables = average_variables.averageable(checks.checked_variables(var_list))
         if not any(variable in self._averages for variable in variables):
             raise ValueError(
                 "Expected a list with variables that have averages, `model.variables` say. Received a "
@@ -608,7 +648,8 @@ class AveragedOptimizerWrapper(tf_keras.optimizers.Optimizer):
     def get_slot(self, var: tf.Variable, slot_name: str) -> tf.Variable:
         """The slot variable of `var`: its average, or a slot of a legacy inner optimizer.
 
-        While the weights are swapped, the variable returned for `"average"` holds the weights.
+        While the weights are swapped, the variable returned for `"average"` holds the weights;
+        `get_average` reads the average in either case.
 
         Args:
           var: a variable of the model.
@@ -621,6 +662,8 @@ class AveragedOptimizerWrapper(tf_keras.optimizers.Optimizer):
           KeyError: if there is no such slot.
         """
         if slot_name == "average":
+            if not hasattr(var, "handle") and not hasattr(var, "variables"):
+                raise KeyError(f"Expected a variable. Received: {var!r}")
             self._refresh()
             average = self._averages.get_slot(var, "average")
             return self._averages.get_slot(var, "exchanged") if average is None else average
@@ -642,8 +685,8 @@ class AveragedOptimizerWrapper(tf_keras.optimizers.Optimizer):
           shape: for other slots, their shape; None for the variable's.
 
         Raises:
-          ValueError: if an average is given an initializer or a shape, or the inner optimizer has no
-            slots by name.
+          ValueError: if an average is given an initializer or a shape, if `var` cannot be averaged, or
+            the inner optimizer has no slots by name.
         """
         if slot_name == "average":
             if initializer is not None or shape is not None:
@@ -651,7 +694,9 @@ class AveragedOptimizerWrapper(tf_keras.optimizers.Optimizer):
                     "An average starts from the variable's own value and has its shape. Expected "
                     f"neither initializer nor shape. Received: {initializer!r}, {shape!r}"
                 )
-            self._averages.add([var])
+            if not average_variables.averageable([var]):
+                raise ValueError(f"Expected a floating-point or complex variable. Received: {var!r}")
+            self._averages.add(average_variables.averageable([var]))
             return self.get_slot(var, slot_name)
         self._check_inner_is_legacy("add_slot")
         return self._inner_optimizer.add_slot(
@@ -927,6 +972,13 @@ class AveragedOptimizerWrapper(tf_keras.optimizers.Optimizer):
         if not inner_optimizers.is_legacy(self._inner_optimizer):
             self._inner_optimizer.finalize_variable_values(var_list)
 
+    def __setattr__(self, name, value):
+        # The base class would first look at the old value, and legacy optimizers create it when asked.
+        if name == "iterations":
+            type(self).iterations.fset(self, value)
+        else:
+            super().__setattr__(name, value)
+
     def __dir__(self):
         # Keras's and TensorFlow's savers look through `dir`. The inner optimizer's state is saved with
         # this one's `variables`, and the averages as the slots of `_averages`: once is enough.
@@ -1055,95 +1107,6 @@ def _weighted_loss(loss, tape, grad_loss):
         raise ValueError("Expected the `tape` that recorded the loss, since `loss` is a tensor.")
     with tape:
         return tf.reduce_sum(loss * tf.stop_gradient(grad_loss)), tape
-
-
-def _checked_pairs(grads_and_vars) -> list:
-    expected = "Expected (gradient, variable) pairs."
-    try:
-        pairs = [tuple(pair) for pair in grads_and_vars]
-    except TypeError as error:
-        raise TypeError(f"{expected} Received: {grads_and_vars!r}") from error
-    for pair in pairs:
-        if len(pair) != 2 or not isinstance(pair[1], tf.Variable):
-            raise TypeError(f"{expected} Received: {pair!r}")
-    return pairs
-
-
-def _check_not_keras_3(thing: object) -> None:
-    if any(cls.__module__.split(".")[0] == "keras" for cls in type(thing).__mro__):
-        raise TypeError(
-            "Expected a model or variables of TensorFlow or tf_keras. What comes from Keras 3, which "
-            "`tf.keras` is unless TF_USE_LEGACY_KERAS=1 is set before TensorFlow is imported, cannot be "
-            f"averaged. Received: {thing!r}"
-        )
-
-
-def _checked_variables(variables) -> list:
-    expected = "Expected a model or a list of variables."
-    try:
-        variables = list(variables)
-    except TypeError as error:
-        raise TypeError(f"{expected} Received: {variables!r}") from error
-    for variable in variables:
-        _check_not_keras_3(variable)
-    return variables
-
-
-def _checked_settings(settings: Dict[str, Any]) -> Dict[str, Any]:
-    settings = dict(settings)
-    unknown = set(settings) - set(inner_optimizers.SETTINGS) - {"lr"}
-    if unknown:
-        raise TypeError(
-            f"Unknown keyword arguments: {sorted(unknown)}. Beside this class's own, expected one of "
-            f"{inner_optimizers.SETTINGS + ('lr',)}, which configure the inner optimizer."
-        )
-    lr = settings.pop("lr", None)
-    if lr is not None and settings.setdefault("learning_rate", lr) != lr:
-        raise ValueError(
-            "`lr` and `learning_rate` are two names of one argument. Received: "
-            f"lr={lr!r}, learning_rate={settings['learning_rate']!r}"
-        )
-    return settings
-
-
-def checked_count(name: str, value: int, minimum: int) -> int:
-    """Returns `value` as an int, which must be at least `minimum`."""
-    try:
-        if isinstance(value, (bool, np.bool_)):
-            raise TypeError
-        count = operator.index(value)
-    except TypeError:
-        raise TypeError(
-            f"Expected `{name}` to be an int. Received: {name}={value!r} of type {type(value)}"
-        ) from None
-    if count < minimum:
-        raise ValueError(f"Expected `{name}` >= {minimum}. Received: {name}={count}")
-    return count
-
-
-def _checked_trainable_weights_only(value: bool) -> bool:
-    if not isinstance(value, (bool, np.bool_)):
-        raise TypeError(
-            "Expected `trainable_weights_only` to be a bool. It comes before the decay here; TensorFlow "
-            "Addons had `MovingAverage(optimizer, average_decay, ...)`, so write "
-            "`ExponentialMovingAverage(optimizer, average_decay=0.999)`. Received: "
-            f"trainable_weights_only={value!r}"
-        )
-    return bool(value)
-
-
-def _checked_average_dtype(value) -> Optional[tf.DType]:
-    if value is None:
-        return None
-    dtype = tf.as_dtype(value)
-    if not dtype.is_floating:
-        raise ValueError(f"Expected `average_dtype` to be a floating-point dtype. Received: {value!r}")
-    return dtype
-
-
-def _check_jit_compile(value) -> None:
-    if not isinstance(value, bool) and value != "auto":
-        raise ValueError(f'Expected `jit_compile` to be a bool or "auto". Received: {value!r}')
 
 
 def averaging_optimizer(optimizer: object) -> Optional[AveragedOptimizerWrapper]:

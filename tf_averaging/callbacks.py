@@ -20,6 +20,7 @@ from typing import Any, Dict, Optional
 import tf_keras
 from absl import logging
 
+from tf_averaging import argument_checks
 from tf_averaging import averaged_optimizer_wrapper
 
 
@@ -77,7 +78,7 @@ class SwapAverageWeights(tf_keras.callbacks.Callback):
     def __init__(self, swap_on_epoch: bool = False, begin_epoch: int = 0):
         super().__init__()
         self.swap_on_epoch = _checked_bool("swap_on_epoch", swap_on_epoch)
-        self.begin_epoch = averaged_optimizer_wrapper.checked_count("begin_epoch", begin_epoch, minimum=0)
+        self.begin_epoch = argument_checks.checked_count("begin_epoch", begin_epoch, minimum=0)
         # What the model held before the evaluation that runs now; None if none runs, as far as is known.
         self._before_evaluation: Optional[bool] = None
         self._first_epoch = False

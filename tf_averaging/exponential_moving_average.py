@@ -22,6 +22,7 @@ import numpy as np
 import tensorflow as tf
 import tf_keras
 
+from tf_averaging import argument_checks
 from tf_averaging import averaged_optimizer_wrapper
 from tf_averaging import inner_optimizer as inner_optimizers
 
@@ -79,7 +80,7 @@ class ExponentialMovingAverage(averaged_optimizer_wrapper.AveragedOptimizerWrapp
                 "`start_averaging` goes by the name of `start_step` here. Received: "
                 f"start_averaging={options['start_averaging']!r}"
             )
-        start_step = averaged_optimizer_wrapper.checked_count("start_step", start_step, minimum=0)
+        start_step = argument_checks.checked_count("start_step", start_step, minimum=0)
         super().__init__(
             optimizer,
             name,

@@ -116,8 +116,8 @@ def _configure(optimizer: Optimizer, own: Dict[str, Any], settings: Dict[str, An
             f"decay={settings['decay']!r} and the inner optimizer {optimizer!r}"
         )
     for name, value in settings.items():
-        if name in CLIPPING and not value >= 0:
-            raise ValueError(f"Expected `{name}` >= 0. Received: {name}={value!r}")
+        if name in CLIPPING and (not isinstance(value, (int, float, np.number)) or not value >= 0):
+            raise ValueError(f"Expected `{name}` to be a number >= 0. Received: {name}={value!r}")
         if own.get(name) is not None and not _same(own[name], value):
             raise ValueError(
                 f"`{name}` contradicts the inner optimizer's own. Expected {_shown(own[name])}, or no "
@@ -125,16 +125,19 @@ def _configure(optimizer: Optimizer, own: Dict[str, Any], settings: Dict[str, An
                 f"Received: {name}={_shown(value)}"
             )
     unset = {name: value for name, value in settings.items() if own.get(name) is None}
+    clipnorm, global_clipnorm = (
+        settings.get(name, getattr(optimizer, name)) for name in ("clipnorm", "global_clipnorm")
+    )
+    if clipnorm is not None and global_clipnorm is not None:
+        raise ValueError(
+            "At most one of `clipnorm` and `global_clipnorm` can be set. Received: "
+            f"clipnorm={clipnorm}, global_clipnorm={global_clipnorm}"
+        )
     if unset.keys() - set(CLIPPING):
         # A new optimizer: a schedule cannot take the place of a learning rate once it is a variable.
         return type(optimizer).from_config({**optimizer.get_config(), **unset})
     for name, value in unset.items():
         setattr(optimizer, name, value)
-    if optimizer.clipnorm is not None and optimizer.global_clipnorm is not None:
-        raise ValueError(
-            "At most one of `clipnorm` and `global_clipnorm` can be set. Received: "
-            f"clipnorm={optimizer.clipnorm}, global_clipnorm={optimizer.global_clipnorm}"
-        )
     return optimizer
 
 
@@ -260,6 +263,8 @@ def state(optimizer: Optimizer, trained: Sequence[tf.Variable] = ()) -> List[tf.
     """
     variables = list(optimizer.weights if is_legacy(optimizer) else optimizer.variables)
     iterations = optimizer.iterations
+    if not is_legacy(optimizer):
+        del variables[0]  # The counter it was created with, which another one may have replaced.
     slots = _slots(optimizer, trained) if is_legacy(optimizer) else []
     in_order = {id(variable) for variable in [iterations, *slots]}
     return [iterations] + [v for v in variables if id(v) not in in_order] + slots

@@ -27,11 +27,9 @@ from typing import Any, Dict, Optional, Union
 import tensorflow as tf
 import tf_keras
 
-from tf_averaging import averaged_optimizer_wrapper
+from tf_averaging.argument_checks import checked_count
 
 Schedule = tf_keras.optimizers.schedules.LearningRateSchedule
-
-checked_count = averaged_optimizer_wrapper.checked_count
 
 
 @tf_keras.saving.register_keras_serializable(package="tf_averaging")

@@ -40,7 +40,7 @@ KINDS = {
 
 
 def checks_of(kind):
-    if kind == "mirrored_on_four":
+    if kind in ("mirrored_on_four", "one_device"):
         return checks.FEW
     if kind == "central_storage":
         return [*checks.SYNCHRONOUS, checks.loss_scaling_is_refused_as_by_tf_keras]
