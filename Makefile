@@ -4,7 +4,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 EXAMPLE_FLAGS ?=
-PYTEST_FLAGS ?=
+# Two processes at a time: tests mostly wait for Python. `make test PYTEST_FLAGS=` runs one.
+PYTEST_FLAGS ?= --numprocesses=2
 
 .PHONY: test example multi_worker lint format clean
 
