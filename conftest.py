@@ -14,6 +14,7 @@
 """What all tests share: two logical CPU devices, one MirroredStrategy, names for the doctests."""
 
 import os
+import signal
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
@@ -23,6 +24,9 @@ import tensorflow as tf
 import tf_keras
 
 import tf_averaging as tfav
+
+# Ctrl-C is ignored by what a shell starts in the background; some tests press it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 tf.config.set_logical_device_configuration(
     tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * 2
