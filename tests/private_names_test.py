@@ -17,9 +17,9 @@ import tensorflow as tf
 import tf_keras
 
 import tf_averaging as tfav
-from tf_averaging import average_variables
 from tf_averaging import checkpoint_positions
 from tf_averaging import optimizer_state
+from tf_averaging import slot_creation
 
 
 def test_unique_id_tells_variables_apart():
@@ -31,20 +31,20 @@ def test_unique_id_tells_variables_apart():
 def test_sharded_variable_goes_by_the_id_of_its_first_shard():
     shards = [tf.Variable([1.0]), tf.Variable([2.0])]
     whole = tf.__internal__.distribute.ShardedVariable(shards)
-    assert average_variables.variable_key(whole) == average_variables.variable_key(shards[0])
+    assert slot_creation.variable_key(whole) == slot_creation.variable_key(shards[0])
 
 
 def test_distributed_container_leads_from_a_component_to_the_whole(mirrored_strategy):
     with mirrored_strategy.scope():
         variable = tf.Variable(1.0)
-    keys = {average_variables.variable_key(value) for value in variable.values}
-    assert keys == {average_variables.variable_key(variable)}
+    keys = {slot_creation.variable_key(value) for value in variable.values}
+    assert keys == {slot_creation.variable_key(variable)}
 
 
 def test_distribute_strategy_is_where_the_variable_was_created(strategy):
     with strategy.scope():
         variable = tf.Variable(1.0)
-    assert (average_variables.strategy_of(variable) or tf.distribute.get_strategy()) is strategy
+    assert (slot_creation.strategy_of(variable) or tf.distribute.get_strategy()) is strategy
 
 
 def test_autocast_variable_says_its_true_dtype():

@@ -26,6 +26,8 @@ import tensorflow as tf
 
 from tf_averaging import average_ops
 from tf_averaging import checkpoint_positions
+from tf_averaging import slot_creation
+from tf_averaging import stash as stash_ops
 
 # The value of `first_step` while `begin` has not been called.
 NOT_SET = -1
@@ -98,14 +100,14 @@ class AverageVariables(tf.__internal__.tracking.Trackable):
         return len(self._slots)
 
     def __contains__(self, variable: tf.Variable) -> bool:
-        return variable_key(variable) in self._slots
+        return slot_creation.variable_key(variable) in self._slots
 
     def __iter__(self) -> Iterator[Slots]:
         return iter(self._slots.values())
 
     def __getitem__(self, variable: tf.Variable) -> Slots:
         try:
-            return self._slots[variable_key(variable)]
+            return self._slots[slot_creation.variable_key(variable)]
         except KeyError:
             raise KeyError(f"Variable {getattr(variable, 'name', variable)!r} has no average.") from None
 
@@ -137,13 +139,13 @@ class AverageVariables(tf.__internal__.tracking.Trackable):
         What is saved by index must depend on the model alone, and not on the order in which a restore
         happened to create the averages.
         """
-        keys = [variable_key(variable) for variable in variables]
+        keys = [slot_creation.variable_key(variable) for variable in variables]
         first = {key: self._slots[key] for key in keys if key in self._slots}
         self._slots = {**first, **self._slots}
 
     def keep_only(self, variables: Iterable[tf.Variable]) -> None:
         """Forgets the averages of all other variables."""
-        keys = {variable_key(variable) for variable in variables}
+        keys = {slot_creation.variable_key(variable) for variable in variables}
         self._slots = {key: slots for key, slots in self._slots.items() if key in keys}
         self._swap_function = None
 
@@ -160,21 +162,25 @@ class AverageVariables(tf.__internal__.tracking.Trackable):
             if self.num_averaged is None:
                 self._create_state(new[0])
             for variable in new:
-                self._slots.setdefault(variable_key(variable), self._create_slots(variable, kind))
+                self._slots.setdefault(
+                    slot_creation.variable_key(variable), self._create_slots(variable, kind)
+                )
             self._swap_function = None
             for variable in new:
                 self._restore_queued(variable)
             self.give_waiting_to(new)
 
     def _create_state(self, like: tf.Variable) -> None:
-        self.num_averaged = _create_like(like, lambda: tf.zeros([], tf.int64), "num_averaged")
+        self.num_averaged = slot_creation.create_like(
+            like, lambda: tf.zeros([], tf.int64), "num_averaged"
+        )
         # In training the flag has length 0, while swapped length 1: a length is checked in
         # XLA-compiled steps too, where assertions are dropped. Parameter servers cannot store a value
         # of varying length; XLA does not run there, and a plain bool will do.
         if average_ops.is_remote(average_ops.components(like)[0]):
-            self.swapped = _create_like(like, lambda: tf.zeros([], tf.bool), "swapped")
+            self.swapped = slot_creation.create_like(like, lambda: tf.zeros([], tf.bool), "swapped")
         else:
-            self.swapped = _create_like(
+            self.swapped = slot_creation.create_like(
                 like, lambda: tf.zeros([0], tf.bool), "swapped", shape=tf.TensorShape([None])
             )
         if tf.executing_eagerly():
@@ -184,7 +190,7 @@ class AverageVariables(tf.__internal__.tracking.Trackable):
         # This restores what a checkpoint has for them.
         self._track_trackable(self.num_averaged, "num_averaged")
         self._track_trackable(self.swapped, "swapped")
-        self.first_step = _create_like(
+        self.first_step = slot_creation.create_like(
             like, lambda: tf.constant(self._first_step, tf.int64), "first_step"
         )
         self._track_trackable(self.first_step, "first_step")
@@ -193,8 +199,8 @@ class AverageVariables(tf.__internal__.tracking.Trackable):
         weights = average_ops.all_components(variable)
         dtype = weights[0].dtype
         average_dtype = average_dtype_of(dtype, self._average_dtype) if kind == "average" else dtype
-        average = _create_slot(variable, average_dtype, "average")
-        stash = _create_slot(variable, dtype, "stash") if self.has_stash(variable) else None
+        average = slot_creation.create_slot(variable, average_dtype, "average")
+        stash = slot_creation.create_slot(variable, dtype, "stash") if self.has_stash(variable) else None
         # Each replica's average starts from the replica's own value, which an on-read variable does
         # not share with the others. The buffers are shared until training writes to one.
         for slot in (average, stash):
@@ -360,10 +366,17 @@ class AverageVariables(tf.__internal__.tracking.Trackable):
                     for pair in _pairs(slots.variable, slots.average)
                 ]
             )
-        stashed = [slots for slots in self if slots.stash is not None]
+        stashed = [
+            triple
+            for slots in self
+            if slots.stash is not None
+            for triple in zip(*map(average_ops.components, (slots.variable, slots.average, slots.stash)))
+        ]
         if stashed:
             exchanged.append(
-                average_ops.either(swapped, lambda: _leave_stash(stashed), lambda: _enter_stash(stashed))
+                average_ops.either(
+                    swapped, lambda: stash_ops.leave(stashed), lambda: stash_ops.enter(stashed)
+                )
             )
         with tf.control_dependencies([op for op in exchanged if op is not None] + [swapped]):
             flag = tf.logical_not(swapped)
@@ -460,7 +473,7 @@ class AverageVariables(tf.__internal__.tracking.Trackable):
         if any(shard is None for shard in shards):
             return None
         # Kept: a checkpoint asks later whether what it restored is still there.
-        key = (variable_key(variable), name)
+        key = (slot_creation.variable_key(variable), name)
         if key not in self._sharded_slots:
             self._sharded_slots[key] = tf.__internal__.distribute.ShardedVariable(shards)
         return self._sharded_slots[key]
@@ -474,10 +487,10 @@ class AverageVariables(tf.__internal__.tracking.Trackable):
             return None
         self.restored_with = slot_variable_position
         self.start_restore(slot_variable_position.restore_uid)
-        missing = [part for part in averageable([variable]) if part not in self]
+        missing = [part for part in slot_creation.averageable([variable]) if part not in self]
         if missing:
             if not tf.executing_eagerly():
-                key = (variable_key(variable), slot_name)
+                key = (slot_creation.variable_key(variable), slot_name)
                 self._positions.setdefault(key, []).append(slot_variable_position)
                 return None
             self.add(missing, "exchanged" if slot_name == "exchanged" else "average")
@@ -488,7 +501,7 @@ class AverageVariables(tf.__internal__.tracking.Trackable):
 
     def _restore_queued(self, variable: tf.Variable) -> None:
         for name in self.SLOT_NAMES:
-            positions = self._positions.pop((variable_key(variable), name), [])
+            positions = self._positions.pop((slot_creation.variable_key(variable), name), [])
             slot = self.get_slot(variable, name)
             # The newest restore first: the older ones are then seen to be stale, and skipped.
             for position in sorted(positions, key=lambda p: p.restore_uid, reverse=True):
@@ -576,93 +589,6 @@ def average_dtype_of(dtype: tf.DType, requested: Optional[tf.DType]) -> tf.DType
     return requested if requested.size > dtype.size else dtype
 
 
-def averageable(variables: Iterable[object]) -> List[tf.Variable]:
-    """The floating-point and complex variables among `variables`; a sharded one gives its shards."""
-    chosen = []
-    for variable in variables:
-        if isinstance(variable, tf.__internal__.distribute.ShardedVariable):
-            chosen += averageable(variable.variables)
-        elif isinstance(variable, tf.Variable):
-            dtype = getattr(variable, "true_dtype", variable.dtype)
-            if dtype.is_floating or dtype.is_complex:
-                chosen.append(variable)
-    return chosen
-
-
-# Private names of TensorFlow are used below and nowhere else in the package: a variable does not say
-# publicly which distributed variable it belongs to, what identifies it, or under which strategy it was
-# created. `tests/private_names_test.py` fails if one of them goes away.
-
-
-def variable_key(variable: tf.Variable) -> str:
-    """What identifies a variable, however wrapped, and whichever of its components is at hand."""
-    if not average_ops.is_distributed(variable):
-        # A component knows its whole, on itself or (extension types) on its handle.
-        for part in (variable, getattr(variable, "handle", None)):
-            container = getattr(part, "_distributed_container", None)
-            if container is not None and container() is not None:
-                return container()._unique_id
-    return variable._unique_id
-
-
-def strategy_of(variable: tf.Variable) -> Optional[tf.distribute.Strategy]:
-    """The strategy in whose scope the variable was created, None for none."""
-    return getattr(variable, "_distribute_strategy", None)
-
-
-@contextlib.contextmanager
-def _creation_scope(like: tf.Variable):
-    """Where variables must be created to be distributed and placed like `like`."""
-    with contextlib.ExitStack() as scopes:
-        scopes.enter_context(tf.init_scope())
-        strategy = strategy_of(like)
-        if strategy is not None and not tf.distribute.has_strategy():
-            scopes.enter_context(strategy.scope())
-        current = tf.distribute.get_strategy()
-        if not current.extended.variable_created_in_scope(like):
-            raise ValueError(
-                f"The average of variable {like.name!r} must be created under the strategy that the "
-                f"variable was created under, {strategy}. The current one is {current}. Create the "
-                "model and use its optimizer in the scope of one strategy."
-            )
-        scopes.enter_context(current.extended.colocate_vars_with(like))
-        if not average_ops.is_distributed(like):
-            scopes.enter_context(tf.device(average_ops.components(like)[0].device))
-        yield
-
-
-def _create_like(like: tf.Variable, value: Callable[[], tf.Tensor], name: str, shape=None):
-    """Creates a variable of the optimizer that lives where `like` does, the same on all replicas."""
-    with _creation_scope(like):
-        return tf.Variable(
-            value,
-            name=name,
-            shape=shape,
-            trainable=False,
-            aggregation=tf.VariableAggregation.ONLY_FIRST_REPLICA,
-        )
-
-
-def _create_slot(variable: tf.Variable, dtype: tf.DType, name: str) -> tf.Variable:
-    """Creates a slot shaped, placed and distributed like `variable`."""
-
-    def value() -> tf.Tensor:
-        if not tf.executing_eagerly():
-            return tf.zeros(variable.shape, dtype)
-        return tf.cast(average_ops.read(average_ops.all_components(variable)[0]), dtype)
-
-    with _creation_scope(variable):
-        return tf.Variable(
-            value,
-            name=f"{variable.name.split(':')[0]}/{name}",
-            shape=variable.shape,
-            dtype=dtype,
-            trainable=False,
-            synchronization=variable.synchronization,
-            aggregation=variable.aggregation,
-        )
-
-
 def _state_of(slots: Iterable[Slots]) -> List[tf.Variable]:
     """The averages, then the stashes."""
     slots = list(slots)
@@ -680,49 +606,3 @@ def _set(variable: tf.Variable, value: tf.Tensor) -> List[Optional[tf.Operation]
 
 def _after(operation) -> contextlib.AbstractContextManager:
     return tf.control_dependencies([] if operation is None else [operation])
-
-
-def _triples(stashed: Sequence[Slots]):
-    for slots in stashed:
-        yield from zip(
-            average_ops.components(slots.variable),
-            average_ops.components(slots.average),
-            average_ops.components(slots.stash),
-        )
-
-
-def _enter_stash(stashed: Sequence[Slots]) -> List[Optional[tf.Operation]]:
-    """Puts the averages, cast, into the variables, and the weights into the stash."""
-    operations = []
-    for variable, average, stash in _triples(stashed):
-        weights = average_ops.read(variable)
-        shown = tf.cast(average_ops.read(average), variable.dtype)
-        with tf.control_dependencies([weights]):
-            operations += [
-                average_ops.assign(variable, shown),
-                average_ops.assign(stash, weights),
-            ]
-    return operations
-
-
-def _leave_stash(stashed: Sequence[Slots]) -> List[Optional[tf.Operation]]:
-    """Brings the weights back, and into the averages whatever was changed in the variables meanwhile.
-
-    A value that was not touched keeps its average at the average's own precision.
-    """
-    operations = []
-    for variable, average, stash in _triples(stashed):
-        shown, weights, exact = map(average_ops.read, (variable, stash, average))
-        untouched = tf.equal(_bits(shown), _bits(tf.cast(exact, shown.dtype)))
-        kept = tf.where(untouched, exact, tf.cast(shown, exact.dtype))
-        with tf.control_dependencies([kept, weights, shown]):
-            operations += [
-                average_ops.assign(average, kept),
-                average_ops.assign(variable, weights),
-                average_ops.assign(stash, shown),
-            ]
-    return operations
-
-
-def _bits(value: tf.Tensor) -> tf.Tensor:
-    return tf.bitcast(value, {1: tf.uint8, 2: tf.uint16, 4: tf.uint32, 8: tf.uint64}[value.dtype.size])

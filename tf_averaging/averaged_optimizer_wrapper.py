@@ -30,6 +30,7 @@ from tf_averaging import checkpoint_positions
 from tf_averaging import foreign_checkpoints
 from tf_averaging import inner_optimizer as inner_optimizers
 from tf_averaging import optimizer_state
+from tf_averaging import slot_creation
 
 # Without AutoGraph, which would otherwise rewrite every function called in a `tf.function`: nothing here
 # needs it, and tracing takes a multiple of the time.
@@ -383,7 +384,7 @@ class AveragedOptimizerWrapper(tf_keras.optimizers.Optimizer):
         variables = checks.checked_variables(
             model_or_variables, "Expected a model or a list of variables."
         )
-        chosen = average_variables.averageable(variables)
+        chosen = slot_creation.averageable(variables)
         if not chosen:
             raise ValueError(
                 "Expected floating-point or complex variables to average. Received: "
@@ -408,9 +409,7 @@ class AveragedOptimizerWrapper(tf_keras.optimizers.Optimizer):
           variables: floating-point variables of the model. What they hold now is kept as the value that
             goes with the weights if the weights are swapped now, else with the averages.
         """
-        self._averages.add(
-            average_variables.averageable(checks.checked_variables(variables)), "exchanged"
-        )
+        self._averages.add(slot_creation.averageable(checks.checked_variables(variables)), "exchanged")
 
     def _create_averages(self, trained: Sequence[tf.Variable]) -> None:
         """Creates the averages that are missing, of the variables trained and of the model followed."""
@@ -427,7 +426,7 @@ class AveragedOptimizerWrapper(tf_keras.optimizers.Optimizer):
                 "With `trainable_weights_only=False` the averages of variables that no gradient reaches "
                 "must be known. Call `shadow_copy(model)` before training."
             )
-        self._averages.add(average_variables.averageable(variables))
+        self._averages.add(slot_creation.averageable(variables))
 
     def _check_nothing_waits(self) -> None:
         if self._averages.waiting:
@@ -622,7 +621,7 @@ class AveragedOptimizerWrapper(tf_keras.optimizers.Optimizer):
           tf.errors.InvalidArgumentError: if the weights are swapped: the averages are in the model.
         """
         self._check_has_averages("assign_average_vars")
-        variables = average_variables.averageable(checks.checked_variables(var_list))
+        variables = slot_creation.averageable(checks.checked_variables(var_list))
         if not any(variable in self._averages for variable in variables):
             raise ValueError(
                 "Expected a list with variables that have averages, `model.variables` say. Received a "
@@ -694,9 +693,9 @@ class AveragedOptimizerWrapper(tf_keras.optimizers.Optimizer):
                     "An average starts from the variable's own value and has its shape. Expected "
                     f"neither initializer nor shape. Received: {initializer!r}, {shape!r}"
                 )
-            if not average_variables.averageable([var]):
+            if not slot_creation.averageable([var]):
                 raise ValueError(f"Expected a floating-point or complex variable. Received: {var!r}")
-            self._averages.add(average_variables.averageable([var]))
+            self._averages.add(slot_creation.averageable([var]))
             return self.get_slot(var, slot_name)
         self._check_inner_is_legacy("add_slot")
         return self._inner_optimizer.add_slot(
@@ -734,8 +733,8 @@ class AveragedOptimizerWrapper(tf_keras.optimizers.Optimizer):
         self._built = True
 
     def _note_trained(self, variables: Sequence[tf.Variable]) -> None:
-        known = {average_variables.variable_key(variable) for variable in self._trained}
-        self._trained += [v for v in variables if average_variables.variable_key(v) not in known]
+        known = {slot_creation.variable_key(variable) for variable in self._trained}
+        self._trained += [v for v in variables if slot_creation.variable_key(v) not in known]
 
     @property
     def variables(self) -> List[tf.Variable]:
@@ -780,7 +779,7 @@ class AveragedOptimizerWrapper(tf_keras.optimizers.Optimizer):
             optimizer = getattr(item, "optimizer", None) if isinstance(item, tf_keras.Model) else None
             if optimizer is self or getattr(optimizer, "inner_optimizer", None) is self:
                 variables = item.trainable_variables
-                strategy = average_variables.strategy_of(variables[0])
+                strategy = slot_creation.strategy_of(variables[0])
                 with contextlib.nullcontext() if strategy is None else strategy.scope():
                     self.build(variables)
                 return

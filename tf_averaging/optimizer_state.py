@@ -29,6 +29,7 @@ import numpy as np
 import tensorflow as tf
 
 from tf_averaging import average_variables
+from tf_averaging import slot_creation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,12 +89,9 @@ class OptimizerState:
         """Writes everything to a `.keras` file's store (a mapping from names to arrays)."""
         for index, variable in enumerate(self.variables()):
             store[str(index)] = variable.numpy()
-        places = {average_variables.variable_key(v): index for index, v in enumerate(self.trained)}
+        places = {slot_creation.variable_key(v): index for index, v in enumerate(self.trained)}
         store["averages_of"] = np.array(
-            [
-                places.get(average_variables.variable_key(s.variable), -1)
-                for s in self.averages.averaged()
-            ],
+            [places.get(slot_creation.variable_key(s.variable), -1) for s in self.averages.averaged()],
             np.int64,
         )
         store["has_stash"] = np.array([s.stash is not None for s in self.averages.averaged()], bool)
@@ -246,8 +244,8 @@ class Ignored:
 
 
 def _is_in(variable: tf.Variable, variables: Sequence[tf.Variable]) -> bool:
-    key = average_variables.variable_key(variable)
-    return any(average_variables.variable_key(other) == key for other in variables)
+    key = slot_creation.variable_key(variable)
+    return any(slot_creation.variable_key(other) == key for other in variables)
 
 
 def _all_checked(arrays: Sequence[Any], variables: Sequence[tf.Variable]) -> List[np.ndarray]:
