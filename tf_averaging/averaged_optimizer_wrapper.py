@@ -27,6 +27,7 @@ from tf_averaging import argument_checks as checks
 from tf_averaging import average_ops
 from tf_averaging import average_variables
 from tf_averaging import checkpoint_positions
+from tf_averaging import delegating_optimizer
 from tf_averaging import foreign_checkpoints
 from tf_averaging import inner_optimizer as inner_optimizers
 from tf_averaging import optimizer_state
@@ -37,7 +38,7 @@ from tf_averaging import slot_creation
 _as_written = tf.autograph.experimental.do_not_convert
 
 
-class AveragedOptimizerWrapper(tf_keras.optimizers.Optimizer):
+class AveragedOptimizerWrapper(delegating_optimizer.DelegatingOptimizer):
     """Base class for optimizers that keep an average of the weights which another optimizer trains.
 
     The inner optimizer takes its steps as it would alone, bit for bit; after a step on which an update
@@ -110,19 +111,11 @@ class AveragedOptimizerWrapper(tf_keras.optimizers.Optimizer):
         self._trainable_weights_only = checks.checked_trainable_weights_only(trainable_weights_only)
         self._average_dtype = checks.checked_average_dtype(average_dtype)
         inner = inner_optimizers.get(optimizer, **checks.checked_settings(settings))
-        self._inner_optimizer = self._no_dependency(inner)
         self._averages = self._no_dependency(average_variables.AverageVariables(self._average_dtype))
         self._trained = self._no_dependency([])
         self._unmatched = self._no_dependency(checkpoint_positions.Unmatched(self._take_unmatched))
-        super().__init__(
-            name=name,
-            weight_decay=self.weight_decay,
-            clipnorm=self.clipnorm,
-            clipvalue=self.clipvalue,
-            global_clipnorm=self.global_clipnorm,
-        )
+        super().__init__(inner, name)
         self.jit_compile = checks.checked_jit_compile(jit_compile)
-        self._track_trackable(inner, "inner_optimizer")
         self._track_trackable(self._averages, "averages")
         self._followed_model = self._no_dependency(None)
         self._has_fixed_set = False
@@ -242,7 +235,7 @@ class AveragedOptimizerWrapper(tf_keras.optimizers.Optimizer):
                 )
         with tf.name_scope(name or self.name), _after(result):
             folded = self._once(lambda: average_ops.when(due, lambda: self._fold(step)))
-        return result if _orders_itself() else tf.group(result, folded)
+        return result if delegating_optimizer.orders_itself() else tf.group(result, folded)
 
     def _fold(self, step: tf.Tensor, weight: Optional[tf.Tensor] = None) -> list:
         """Folds the weights into the averages; `weight` replaces the scheme's own."""
@@ -284,76 +277,14 @@ class AveragedOptimizerWrapper(tf_keras.optimizers.Optimizer):
         return work()
 
     def _check_graph(self) -> None:
-        if not _orders_itself() and not inner_optimizers.is_legacy(self._inner_optimizer):
+        if not delegating_optimizer.orders_itself() and not inner_optimizers.is_legacy(
+            self._inner_optimizer
+        ):
             raise RuntimeError(
                 "In a TF 1 graph the updates of a current-generation optimizer never run. Expected a "
                 "`tf_keras.optimizers.legacy.Optimizer` inside, or eager mode or a `tf.function`. "
                 f"Received: {self._inner_optimizer}"
             )
-
-    def minimize(self, loss, var_list, grad_loss=None, name=None, tape=None):
-        """Computes gradients of `loss` and applies them.
-
-        Args:
-          loss: a callable without arguments that returns the loss, or a tensor (then `tape` is needed).
-          var_list: variables to train, or a callable that returns them.
-          grad_loss: gradient of what is minimized by `loss`, same shape as it; None for ones.
-          name: see `apply_gradients`.
-          tape: the `tf.GradientTape` that recorded a `loss` tensor.
-
-        Returns:
-          What `apply_gradients` returns.
-
-        Raises:
-          ValueError: if `loss` is a tensor and there is no `tape`.
-        """
-        pairs = self.compute_gradients(loss, var_list, tape=tape, grad_loss=grad_loss)
-        return self.apply_gradients(pairs, name=name)
-
-    def compute_gradients(self, loss, var_list, tape=None, grad_loss=None) -> list:
-        """Computes the gradients as the inner optimizer does; see `minimize` for the arguments.
-
-        Returns:
-          (gradient, variable) pairs; a gradient may be None.
-        """
-        if grad_loss is not None:
-            loss, tape = _weighted_loss(loss, tape, grad_loss)
-        return inner_optimizers.compute_gradients(self._inner_optimizer, loss, var_list, tape)
-
-    def aggregate_gradients(self, grads_and_vars) -> list:
-        """Sums the gradients over the replicas, as the inner optimizer does."""
-        return inner_optimizers.aggregate_gradients(self._inner_optimizer, grads_and_vars)
-
-    def get_gradients(self, loss: tf.Tensor, params) -> List[tf.Tensor]:
-        """Gradients of a loss in the graph being built.
-
-        Args:
-          loss: tensor.
-          params: variables, in any nesting.
-
-        Returns:
-          One gradient for each variable.
-
-        Raises:
-          RuntimeError: in eager mode.
-          ValueError: if a variable has no gradient.
-        """
-        if tf.executing_eagerly():
-            raise RuntimeError(
-                "`get_gradients` and `get_updates` work in graphs only, and this is eager mode. Use "
-                "`tf.GradientTape` and `apply_gradients`, or `minimize`."
-            )
-        params = tf.nest.flatten(params)
-        gradients = tf.gradients(loss, params)
-        missing = [param.name for param, grad in zip(params, gradients) if grad is None]
-        if missing:
-            raise ValueError(f"Expected a loss that depends on all variables. No gradient: {missing}")
-        return gradients
-
-    def get_updates(self, loss: tf.Tensor, params) -> list:
-        """Operations, in the graph being built, that minimize `loss`; see `get_gradients`."""
-        params = tf.nest.flatten(params)
-        return [self.apply_gradients(zip(self.get_gradients(loss, params), params))]
 
     # The averages.
 
@@ -702,28 +633,6 @@ class AveragedOptimizerWrapper(tf_keras.optimizers.Optimizer):
             var, slot_name, "zeros" if initializer is None else initializer, shape
         )
 
-    def add_weight(self, name: str, shape, **options) -> tf.Variable:
-        """Creates a variable of a legacy inner optimizer.
-
-        Args:
-          name: its name.
-          shape: its shape.
-          **options: see `tf_keras.optimizers.legacy.Optimizer.add_weight`.
-
-        Raises:
-          ValueError: if the inner optimizer is not a legacy one; `add_variable` creates a variable of
-            this optimizer.
-        """
-        self._check_inner_is_legacy("add_weight")
-        return self._inner_optimizer.add_weight(name, shape, **options)
-
-    def _check_inner_is_legacy(self, method: str) -> None:
-        if not inner_optimizers.is_legacy(self._inner_optimizer):
-            raise ValueError(
-                f"`{method}` is for legacy inner optimizers. Expected a "
-                f"`tf_keras.optimizers.legacy.Optimizer` inside. Received: {self._inner_optimizer}"
-            )
-
     def build(self, var_list: Sequence[tf.Variable]) -> None:
         """Creates the state of the inner optimizer and the averages for these variables."""
         inner_optimizers.build(self._inner_optimizer, var_list)
@@ -882,11 +791,6 @@ class AveragedOptimizerWrapper(tf_keras.optimizers.Optimizer):
         return cls(**config)
 
     @property
-    def inner_optimizer(self) -> inner_optimizers.Optimizer:
-        """The optimizer that takes the steps."""
-        return self._inner_optimizer
-
-    @property
     def start_averaging(self) -> Union[int, tf.Tensor]:
         """The first step, counted from 0, on which an update is due.
 
@@ -908,75 +812,6 @@ class AveragedOptimizerWrapper(tf_keras.optimizers.Optimizer):
     def average_dtype(self) -> Optional[str]:
         """The name of the dtype asked for the averages, None for the default."""
         return None if self._average_dtype is None else self._average_dtype.name
-
-    @property
-    def iterations(self) -> tf.Variable:
-        """The number of steps taken, the inner optimizer's own: scalar int64 variable."""
-        return self._inner_optimizer.iterations
-
-    @iterations.setter
-    def iterations(self, variable: tf.Variable) -> None:
-        self._inner_optimizer.iterations = variable
-
-    # Where the base class keeps these, and callbacks look for them.
-
-    @property
-    def _iterations(self) -> tf.Variable:
-        return self.iterations
-
-    @property
-    def _learning_rate(self):
-        return inner_optimizers.learning_rate_or_schedule(self._inner_optimizer)
-
-    def _create_iteration_variable(self) -> None:
-        pass  # The inner optimizer's is the one.
-
-    @property
-    def learning_rate(self):
-        """The inner optimizer's learning rate; setting it sets that."""
-        return self._inner_optimizer.learning_rate
-
-    @learning_rate.setter
-    def learning_rate(self, learning_rate) -> None:
-        self._inner_optimizer.learning_rate = learning_rate
-
-    @property
-    def lr(self):
-        """Same as `learning_rate`."""
-        return self.learning_rate
-
-    @lr.setter
-    def lr(self, learning_rate) -> None:
-        self.learning_rate = learning_rate
-
-    def exclude_from_weight_decay(self, var_list=None, var_names=None) -> None:
-        """Excludes variables from the inner optimizer's weight decay.
-
-        Args:
-          var_list: variables.
-          var_names: strings; a variable whose name contains one of them is excluded.
-
-        Raises:
-          ValueError: if the inner optimizer is a legacy one, which has no weight decay.
-        """
-        if inner_optimizers.is_legacy(self._inner_optimizer):
-            raise ValueError(
-                "Legacy optimizers have no weight decay. Expected a `tf_keras.optimizers.Optimizer` "
-                f"inside. Received: {self._inner_optimizer}"
-            )
-        self._inner_optimizer.exclude_from_weight_decay(var_list, var_names)
-
-    def finalize_variable_values(self, var_list) -> None:
-        """What `fit` calls at its end: the inner optimizer's; the averages stay where they are."""
-        if not inner_optimizers.is_legacy(self._inner_optimizer):
-            self._inner_optimizer.finalize_variable_values(var_list)
-
-    def __setattr__(self, name, value):
-        # The base class would first look at the old value, and legacy optimizers create it when asked.
-        if name == "iterations":
-            type(self).iterations.fset(self, value)
-        else:
-            super().__setattr__(name, value)
 
     def __dir__(self):
         # Keras's and TensorFlow's savers look through `dir`. The inner optimizer's state is saved with
@@ -1043,25 +878,6 @@ class AveragedOptimizerWrapper(tf_keras.optimizers.Optimizer):
         return max(since_start // self._average_period + 1, 0)
 
 
-def _inner_setting(name: str, doc: str) -> property:
-    def get(self):
-        return getattr(self._inner_optimizer, name, None)
-
-    def set_(self, value):
-        if value != get(self):
-            setattr(self._inner_optimizer, name, value)
-
-    return property(get, set_, doc=doc)
-
-
-for _name in inner_optimizers.CLIPPING + ("weight_decay",):
-    setattr(
-        AveragedOptimizerWrapper,
-        _name,
-        _inner_setting(_name, f"The inner optimizer's `{_name}`; setting it sets that."),
-    )
-
-
 class _CallableList(list):
     """A list that can be called: `variables` is a property in one generation, a method in the other."""
 
@@ -1088,24 +904,9 @@ def _after(result):
     return tf.control_dependencies([result] if waits else [])
 
 
-def _orders_itself() -> bool:
-    """Whether stateful operations run in program order: not so in graphs of TF 1."""
-    return tf.executing_eagerly() or tf.inside_function()
-
-
 def _as_operation(result):
     """What to hand to a caller, who must run it only where operations do not run by themselves."""
-    return None if _orders_itself() else tf.group(result)
-
-
-def _weighted_loss(loss, tape, grad_loss):
-    """A loss whose gradients are those of `loss` times `grad_loss`."""
-    if callable(loss):
-        return lambda: tf.reduce_sum(loss() * tf.stop_gradient(grad_loss)), tape
-    if tape is None:
-        raise ValueError("Expected the `tape` that recorded the loss, since `loss` is a tensor.")
-    with tape:
-        return tf.reduce_sum(loss * tf.stop_gradient(grad_loss)), tape
+    return None if delegating_optimizer.orders_itself() else tf.group(result)
 
 
 def averaging_optimizer(optimizer: object) -> Optional[AveragedOptimizerWrapper]:
