@@ -21,6 +21,10 @@ import numpy as np
 import tensorflow as tf
 import tf_keras
 
+import tf_averaging as tfav
+
+UNEVEN = 37  # Examples: neither the batches nor the workers' shares of them are of one size.
+
 
 def task_of(strategy):
     resolver = strategy.cluster_resolver
@@ -98,8 +102,93 @@ def swap_alone(strategy):
     checks.train(model, strategy)
 
 
+# The checks: what is called on every worker, and evaluates or aggregates over all of them.
+
+
+def validation_in_fit_sees_the_averages(strategy):
+    """After each epoch, as with a manual swap; training goes on as if nothing had been."""
+    layers = (None, tf_keras.layers.BatchNormalization)  # Statistics differ between the workers.
+    for layer, of_all in zip(layers, (False, True)):
+
+        def make(of_all=of_all):
+            return checks.ema(trainable_weights_only=not of_all)
+
+        model, optimizer, scheme = checks.compiled(strategy, make, layer)
+        record = checks.Record()
+        history = model.fit(
+            checks.batches(strategy, repeat=2),
+            epochs=2,
+            steps_per_epoch=checks.STEPS,
+            validation_data=checks.batches(strategy, repeat=-1),
+            validation_steps=checks.STEPS,
+            callbacks=[tfav.callbacks.SwapAverageWeights(swap_on_epoch=False), record],
+            verbose=0,
+        ).history["val_loss"]
+        assert not optimizer.weights_swapped
+        checks.assert_averages(optimizer, model.trainable_variables, record.weights, scheme)
+
+        undisturbed, other, _ = checks.compiled(strategy, make, layer)
+        other.shadow_copy(undisturbed)
+        checks.train(undisturbed, strategy, epochs=2)
+        state = checks.all_bits(model.variables, optimizer.variables)
+        assert state == checks.all_bits(undisturbed.variables, other.variables)
+        raw = checks.evaluate(undisturbed, strategy)
+        with other.swapped_weights():
+            averaged = checks.evaluate(undisturbed, strategy)
+        assert abs(averaged - raw) > 1e-3 * raw
+        np.testing.assert_allclose(history[-1], averaged, rtol=1e-6)
+        if layer is None:
+            for epoch, loss in enumerate(history):
+                steps = (epoch + 1) * checks.STEPS
+                averages = [
+                    checks.expected_average(values[: steps + 1], *scheme)
+                    for values in zip(*record.weights)
+                ]
+                np.testing.assert_allclose(loss, checks.loss_of(averages), rtol=1e-4)
+        averages = [optimizer.get_slot(variable, "average") for variable in model.trainable_variables]
+        checks.report("validated", [*model.trainable_variables, *averages])
+        checks.report("losses", [tf.Variable(history)])
+
+
+def update_batch_norm_is_of_all_data(strategy):
+    """The mean and the variance of what all workers get, for the weights and for the averages."""
+    model, optimizer, _ = checks.compiled(strategy, checks.ema, tf_keras.layers.BatchNormalization)
+    checks.train(model, strategy)
+    dense, layer, _ = model.layers
+    statistics = [layer.moving_mean, layer.moving_variance]
+    x = checks.X.reshape(-1, checks.INPUTS)[:UNEVEN]
+
+    def expected():
+        kernel, bias = (np.asarray(variable.numpy(), np.float64) for variable in dense.weights)
+        inputs = np.maximum(x @ kernel + bias, 0.0)
+        return [np.mean(inputs, axis=0), np.var(inputs, axis=0)]
+
+    def update_and_compare(data):
+        before = checks.all_bits(model.trainable_variables)
+        tfav.update_batch_norm(model, data, verbose=0)
+        assert checks.all_bits(model.trainable_variables) == before
+        for variable, value in zip(statistics, expected()):
+            np.testing.assert_allclose(checks.same_on_all_replicas(variable), value, rtol=0, atol=1e-5)
+        checks.report("recomputed", statistics)
+
+    update_and_compare(tf.data.Dataset.from_tensor_slices(x).batch(checks.BATCH))
+    raw = checks.all_bits(statistics)
+    with optimizer.swapped_weights():
+        update_and_compare(x)
+        assert checks.all_bits(statistics) != raw
+    assert checks.all_bits(statistics) == raw
+
+
+CHECKS = [
+    *checks.SYNCHRONOUS,
+    *checks.REPLICATED,
+    validation_in_fit_sees_the_averages,
+    update_batch_norm_is_of_all_data,
+]
+
+
 def all_checks(strategy):
-    checks.run(checks.SYNCHRONOUS + checks.REPLICATED, strategy, keep_going=False)
+    checks.run(CHECKS, strategy, keep_going=False)
 
 
 def main(*commands):

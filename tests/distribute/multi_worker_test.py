@@ -16,11 +16,11 @@
 import re
 
 import checks
+import multi_worker_program as program
 import processes
 import pytest
 
 SECONDS = 240
-CHECKS = checks.SYNCHRONOUS + checks.REPLICATED
 
 pytestmark = pytest.mark.slow
 
@@ -48,7 +48,7 @@ def two_workers(directory):
         yield workers
 
 
-@pytest.mark.parametrize("check", [check.__name__ for check in CHECKS])
+@pytest.mark.parametrize("check", [check.__name__ for check in program.CHECKS])
 def test_on_two_workers(two_workers, check):
     for worker in two_workers:
         part = worker.part(f"[running] {check}\n", "[running]")
@@ -58,7 +58,7 @@ def test_on_two_workers(two_workers, check):
 def test_workers_agree_bit_for_bit(two_workers):
     digests = [re.findall(r"\[digest\] .*", worker.output) for worker in two_workers]
     assert digests[0] == digests[1]
-    assert len(digests[0]) > len(CHECKS)
+    assert len(digests[0]) > len(program.CHECKS)
 
 
 def test_restored_by_two_after_one(two_workers):

@@ -42,14 +42,17 @@ def fit(model, steps=STEPS):
     model.fit(creator, epochs=1, steps_per_epoch=steps, verbose=0)
 
 
-def evaluate(model):
-    """On one batch, always the same, whichever worker gets it."""
+def one_batch():
+    """All data, always the same, whichever worker gets it."""
 
     def whole(context=None):
         return dataset(context).unbatch().batch(checks.STEPS * checks.BATCH)
 
-    creator = tf_keras.utils.experimental.DatasetCreator(whole)
-    return model.evaluate(creator, steps=1, verbose=0)
+    return tf_keras.utils.experimental.DatasetCreator(whole)
+
+
+def evaluate(model):
+    return model.evaluate(one_batch(), steps=1, verbose=0)
 
 
 def coordinator_of(strategy):
@@ -226,6 +229,53 @@ def swap_and_assign_from_the_coordinator(strategy):
     assert optimizer.num_averaged == 2 * STEPS
 
 
+def validation_in_fit_sees_the_averages(strategy):
+    """After each epoch. One step in each is all that runs at a time, so training can be compared too."""
+
+    class Record(tf_keras.callbacks.Callback):
+        def on_train_begin(self, logs=None):
+            self.weights = [self._now()]
+
+        def on_epoch_end(self, epoch, logs=None):
+            self.weights.append(self._now())
+
+        def _now(self):
+            return [v.numpy() for layer in self.model.layers for v in (layer.kernel, layer.bias)]
+
+    def train(*callbacks, **validation):
+        model, optimizer, scheme = checks.compiled(strategy, checks.ema)
+        record, epochs = Record(), EXACT_STEPS
+        history = model.fit(
+            one_batch(),
+            epochs=epochs,
+            steps_per_epoch=1,
+            callbacks=[*callbacks, record],
+            verbose=0,
+            **validation,
+        ).history
+        assert not optimizer.weights_swapped
+        assert optimizer.num_averaged == optimizer.iterations.numpy() == epochs
+        return model, optimizer, scheme, record.weights, history
+
+    swap = tfav.callbacks.SwapAverageWeights(swap_on_epoch=False)
+    model, optimizer, scheme, recorded, history = train(
+        swap, validation_data=one_batch(), validation_steps=1
+    )
+    for epoch, loss in enumerate(history["val_loss"]):
+        averages = [checks.expected_average(values[: epoch + 2], *scheme) for values in zip(*recorded)]
+        np.testing.assert_allclose(loss, checks.loss_of(averages), rtol=1e-4)
+    raw = evaluate(model)
+    with optimizer.swapped_weights():
+        averaged = evaluate(model)
+    np.testing.assert_allclose(history["val_loss"][-1], averaged, rtol=1e-6)
+    assert abs(averaged - raw) > 1e-3 * raw
+
+    _, _, _, undisturbed, _ = train()
+    for weights, expected in zip(recorded, undisturbed):
+        for value, same in zip(weights, expected):
+            np.testing.assert_array_equal(value, same)
+
+
 def training_while_swapped_fails_and_moves_nothing(strategy):
     for train in (fit, lambda model: serial_training(strategy, model, 1)):
         model, optimizer, _ = checks.compiled(strategy, checks.ema)
@@ -309,6 +359,7 @@ CHECKS = [
     coordinator_loop_follows_numpy,
     asynchronous_steps_are_each_averaged_once,
     swap_and_assign_from_the_coordinator,
+    validation_in_fit_sees_the_averages,
     training_while_swapped_fails_and_moves_nothing,
     batch_norm_statistics_are_averaged,
     nothing_is_compiled_and_nothing_moves,
