@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 EXAMPLE_FLAGS ?=
 # Two processes at a time: tests mostly wait for Python. `make test PYTEST_FLAGS=` runs one.
-PYTEST_FLAGS ?= --numprocesses=2
+PYTEST_FLAGS ?= --numprocesses=2 --dist=loadgroup
 
 .PHONY: test example multi_worker lint format clean
 
