@@ -62,8 +62,10 @@ def test_slot_of_a_sharded_variable_is_sharded_alike(average_dtype):
     for shard, part in zip(variable.variables, average.variables):
         assert optimizer.get_slot(shard, "average") is part
     np.testing.assert_array_equal(whole(average), WHOLE - 2.0)
+    np.testing.assert_array_equal(optimizer.get_average(variable).numpy(), WHOLE - 2.0)
     with optimizer.swapped_weights():
         np.testing.assert_array_equal(whole(variable), WHOLE - 2.0)
+        np.testing.assert_array_equal(optimizer.get_average(variable).numpy(), WHOLE - 2.0)
     optimizer.assign_average_vars([variable])
     np.testing.assert_array_equal(whole(variable), WHOLE - 2.0)
 

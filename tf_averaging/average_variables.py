@@ -301,6 +301,8 @@ class AverageVariables(tf.__internal__.tracking.Trackable):
 
     def read(self, variable: tf.Variable) -> tf.Tensor:
         """The average of `variable`, wherever it is now: in its slot, or while swapped in the model."""
+        if isinstance(variable, tf.__internal__.distribute.ShardedVariable):
+            return tf.concat([self.read(shard) for shard in variable.variables], axis=0)
         slots = self[variable]
         with _after(self.refresh()):
             if slots.stash is not None:
