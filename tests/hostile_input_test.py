@@ -131,6 +131,20 @@ def test_config_that_names_no_optimizer(inner):
         tfav.SWA.from_config(config)
 
 
+@pytest.mark.parametrize("name", ["iteration", "num_averaged", "first_step"])
+def test_number_that_fits_no_variable_changes_nothing(name):
+    optimizer, variable = tfav.SWA(tf_keras.optimizers.SGD(1.0), 0, 1), tf.Variable(1.0)
+    optimizer.apply_gradients([(tf.constant(1.0), variable)])
+    before = state_of(optimizer)
+    weights = [
+        np.uint64(2**63 + 5) if name in v.name else v.numpy() + 1 if v.dtype == tf.int64 else v.numpy()
+        for v in optimizer.variables
+    ]
+    with pytest.raises(ValueError, match="Expected"):
+        optimizer.set_weights(weights)
+    assert state_of(optimizer) == before
+
+
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     """(a trained model, the bytes of its `.keras` and `.weights.h5` files, its state there)"""

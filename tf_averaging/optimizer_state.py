@@ -288,6 +288,10 @@ def _check_kind(array: np.ndarray, variable: tf.Variable) -> None:
         raise ValueError(
             f"Expected {variable.dtype.name} numbers for {variable.name!r}. Received: {array.dtype}"
         )
+    if variable.dtype.is_integer and np.any(array > variable.dtype.max):
+        raise ValueError(
+            f"Expected numbers up to {variable.dtype.max} for {variable.name!r}. Received: {array!r}"
+        )
 
 
 def _as_number(array: Any) -> np.ndarray:
@@ -305,8 +309,8 @@ def _as_number(array: Any) -> np.ndarray:
 
 def _checked_integer(array: Any) -> int:
     array = _as_number(array)
-    if array.shape or array.dtype.kind not in "iu":
-        raise ValueError(f"Expected an integer. Received: {array!r}")
+    if array.shape or array.dtype.kind not in "iu" or array > np.iinfo(np.int64).max:
+        raise ValueError(f"Expected an integer of 64 bits. Received: {array!r}")
     return int(array)
 
 
