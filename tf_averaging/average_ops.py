@@ -22,7 +22,7 @@ serves all strategies, eagerly and in graphs.
 from __future__ import annotations
 
 import collections
-from typing import Callable, List, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import Callable, ContextManager, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import tensorflow as tf
 
@@ -114,6 +114,12 @@ Work = Callable[[], Sequence[Union[None, tf.Operation, tf.Tensor]]]
 def _done(work: Work) -> tf.Tensor:
     with tf.control_dependencies([op for op in work() if op is not None]):
         return tf.constant(True)
+
+
+def after(result: object) -> ContextManager:
+    """Orders what follows after `result`, where that is a tensor or an operation of a graph."""
+    waits = isinstance(result, (tf.Tensor, tf.Operation)) and not tf.executing_eagerly()
+    return tf.control_dependencies([result] if waits else [])
 
 
 def when(condition: Union[bool, tf.Tensor], work: Work) -> Optional[tf.Tensor]:
@@ -230,13 +236,16 @@ class Fold:
             compiled: their values would move to this machine.
 
         Returns:
-          The operations that must run; empty in eager mode.
+          What must run before anything that follows: operations, and a tensor for each compiled call.
         """
-        compiled = [pair for pair in pairs if pays_to_compile(pair[0], jit_compile)]
-        remote = [pair for pair in pairs if is_remote(pair[0])]
-        plain = [
-            pair for pair in pairs if not pays_to_compile(pair[0], jit_compile) and not is_remote(pair[0])
-        ]
+        compiled, remote, plain = [], [], []
+        for pair in pairs:
+            if pays_to_compile(pair[0], jit_compile):
+                compiled.append(pair)
+            elif is_remote(pair[0]):
+                remote.append(pair)
+            else:
+                plain.append(pair)
         operations = []
         for device, group in by_device(compiled):
             averages, variables = zip(*group)

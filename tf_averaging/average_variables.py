@@ -15,7 +15,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import threading
 import warnings
@@ -246,7 +245,7 @@ class AverageVariables(tf.__internal__.tracking.Trackable):
             folded = average_ops.either(self._is_empty(), lambda: average_ops.copy(pairs), fold)
         else:
             folded = average_ops.when(True, fold)
-        with _after(folded):
+        with average_ops.after(folded):
             one = tf.ones([], tf.int64)
             return [folded] + [
                 average_ops.add(component, one) for component in average_ops.components(self.num_averaged)
@@ -304,7 +303,7 @@ class AverageVariables(tf.__internal__.tracking.Trackable):
         if isinstance(variable, tf.__internal__.distribute.ShardedVariable):
             return tf.concat([self.read(shard) for shard in variable.variables], axis=0)
         slots = self[variable]
-        with _after(self.refresh()):
+        with average_ops.after(self.refresh()):
             if slots.stash is not None:
                 return tf.convert_to_tensor(slots.average)
             return tf.cond(
@@ -359,7 +358,7 @@ class AverageVariables(tf.__internal__.tracking.Trackable):
 
     def _swap(self) -> List[Optional[tf.Operation]]:
         swapped = self.are_swapped()
-        with _after(self.refresh()):
+        with average_ops.after(self.refresh()):
             exchanged = average_ops.exchange(
                 [
                     pair
@@ -389,7 +388,7 @@ class AverageVariables(tf.__internal__.tracking.Trackable):
     def assign(self, variables: Sequence[tf.Variable]) -> Optional[tf.Operation]:
         """Sets each variable that has an average to it; must not run while swapped."""
         chosen = [self[variable] for variable in variables if variable in self]
-        with _after(self.check_training()), _after(self.refresh()):
+        with average_ops.after(self.check_training()), average_ops.after(self.refresh()):
             return tf.group(
                 *average_ops.copy(
                     [pair for slots in chosen for pair in _pairs(slots.variable, slots.average)]
@@ -604,7 +603,3 @@ def _pairs(first: tf.Variable, second: tf.Variable) -> List[average_ops.Pair]:
 def _set(variable: tf.Variable, value: tf.Tensor) -> List[Optional[tf.Operation]]:
     """Sets the components that the context may touch."""
     return [average_ops.assign(component, value) for component in average_ops.components(variable)]
-
-
-def _after(operation) -> contextlib.AbstractContextManager:
-    return tf.control_dependencies([] if operation is None else [operation])

@@ -210,30 +210,29 @@ class AveragedOptimizerWrapper(delegating_optimizer.DelegatingOptimizer):
                 "Call it in a function that `tf.distribute.Strategy.run` runs."
             )
         aggregate = experimental_aggregate_gradients and not skip_gradients_aggregation
-        if all(gradient is None for gradient, _ in grads_and_vars):
-            # No step: an error or nothing, as the inner optimizer has it.
+
+        def step_inside():
             return inner_optimizers.apply_gradients(
                 self._inner_optimizer, grads_and_vars, name, aggregate
             )
+
+        if all(gradient is None for gradient, _ in grads_and_vars):
+            return step_inside()  # No step: an error or nothing, as the inner optimizer has it.
         self._check_graph()
         with tf.name_scope(name or self.name), tf.init_scope():
             self._create_averages([variable for _, variable in grads_and_vars])
         if not self._averages:
-            return inner_optimizers.apply_gradients(
-                self._inner_optimizer, grads_and_vars, name, aggregate
-            )
+            return step_inside()
         step = self._step()
         due = self._is_due(step)
         # The step is read before the inner optimizer counts it, in graphs of TF 1 too.
-        with _after(step), _after(self._averages.check_training()):
+        with average_ops.after(step), average_ops.after(self._averages.check_training()):
             started = None
             if not self._first_update_is_copy:
                 started = self._once(lambda: self._averages.start(due))
-            with _after(started):
-                result = inner_optimizers.apply_gradients(
-                    self._inner_optimizer, grads_and_vars, name, aggregate
-                )
-        with tf.name_scope(name or self.name), _after(result):
+            with average_ops.after(started):
+                result = step_inside()
+        with tf.name_scope(name or self.name), average_ops.after(result):
             folded = self._once(lambda: average_ops.when(due, lambda: self._fold(step)))
         return result if delegating_optimizer.orders_itself() else tf.group(result, folded)
 
@@ -432,9 +431,9 @@ class AveragedOptimizerWrapper(delegating_optimizer.DelegatingOptimizer):
             weight = checks.checked_weight("weight", weight)
 
         def update():
-            with _after(self._averages.check_training()):
+            with average_ops.after(self._averages.check_training()):
                 started = self._averages.start(True)
-            with _after(started):
+            with average_ops.after(started):
                 return average_ops.when(True, lambda: self._fold(self._last_step(), weight))
 
         return _as_operation(self._once(update))
@@ -896,12 +895,6 @@ def register(cls: Type[AveragedOptimizerWrapper]) -> Type[AveragedOptimizerWrapp
 
 def _warn(message: str) -> None:
     warnings.warn(message, stacklevel=3)
-
-
-def _after(result):
-    """Orders what follows after `result`, where it is something that can be waited for."""
-    waits = isinstance(result, (tf.Tensor, tf.Operation)) and not tf.executing_eagerly()
-    return tf.control_dependencies([result] if waits else [])
 
 
 def _as_operation(result):
