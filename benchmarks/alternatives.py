@@ -61,6 +61,17 @@ def one_by_one(pairs, weight):
             (previous,) = average_ops.interpolate([pair], weight)
 
 
+def in_batches(pairs, weight):
+    """The same, a batch of 1/32 of the variables after the other."""
+    size = max(len(pairs) // 32, 1)
+    previous = []
+    for start in range(0, len(pairs), size):
+        with control_flow.after(tf.group(*previous)):
+            previous = []
+            for pair in pairs[start : start + size]:
+                previous += average_ops.interpolate([pair], weight)
+
+
 def as_gradient_descent(pairs, weight):
     """The kernel of gradient descent, whose gradient is the difference: one operation less."""
     for average, variable in pairs:
@@ -92,11 +103,12 @@ WAYS_TO_FOLD = {
     "plain operations, new value assigned": assign_new_value,
     "plain operations, added in place": add_difference,
     "the same, one variable after the other": one_by_one,
-    "the same, in batches": average_ops.interpolate,
+    "the same, in batches": in_batches,
+    "the same, each after one before it": average_ops.interpolate,
     "the kernel of gradient descent": as_gradient_descent,
     "compiled, a function for each shape": compiled_by_shape,
     "compiled, one function": functools.partial(average_ops.fold, jit_compile=True),
-    "chosen: compiled if large, plain in batches if small": functools.partial(
+    "chosen: compiled if large, plain and each after one before it if small": functools.partial(
         average_ops.fold, jit_compile="auto"
     ),
 }
@@ -112,7 +124,7 @@ def skip_by_cond(pairs, never):
 
 
 def skip_by_packed_handles(pairs, never):
-    """The same with all handles in one tensor. (Orders nothing around it, and XLA refuses it.)"""
+    """The same with all handles in one tensor."""
     with tf.init_scope():
         packed = tf.stack(average_ops.handles_of(pairs))
 
@@ -124,6 +136,28 @@ def skip_by_packed_handles(pairs, never):
 
 
 def skip_by_one_operation(pairs, never):
+    """One operation, which gets all handles."""
+    handles = average_ops.handles_of(pairs)
+
+    def branch(work):
+        def on_handles(*handles):
+            return control_flow.done(lambda: work(average_ops.with_handles(pairs, handles), None))
+
+        with tf.init_scope():
+            signature = [tf.TensorSpec([], tf.resource)] * len(handles)
+            return tf.function(on_handles, autograph=False).get_concrete_function(*signature)
+
+    tf.raw_ops.Case(
+        branch_index=tf.cast(never, tf.int32),
+        input=handles,
+        Tout=[tf.bool],
+        branches=[branch(device_functions.nothing), branch(device_functions.copy)],
+        output_shapes=[[]],
+    )
+
+
+def skip_by_packed_operation(pairs, never):
+    """One operation, which gets one tensor of all handles."""
     works = [device_functions.nothing, device_functions.copy]
     device_functions.DeviceFunctions()(pairs, works, tf.cast(never, tf.int32))
 
@@ -131,7 +165,8 @@ def skip_by_one_operation(pairs, never):
 WAYS_TO_SKIP = {
     "a conditional": skip_by_cond,
     "a conditional, handles packed into one": skip_by_packed_handles,
-    "chosen: one operation": skip_by_one_operation,
+    "one operation": skip_by_one_operation,
+    "chosen: one operation, handles packed into one": skip_by_packed_operation,
 }
 
 

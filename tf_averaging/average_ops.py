@@ -157,34 +157,29 @@ def interpolate(pairs: Sequence[Pair], weight: tf.Tensor) -> List[Optional[tf.Op
 def _in_turn(pairs: Sequence[Pair], write) -> List[Optional[tf.Operation]]:
     """Calls `write(average, variable's value, average's value)` where the averages live."""
     operations: List[Optional[tf.Operation]] = []
-    previous: List[Optional[tf.Operation]] = []
-    for batch in _batches(pairs):
-        with control_flow.after(tf.group(*previous)):
-            previous = []
-            for average, variable in batch:
-                with tf.device(average.device):
-                    value = tf.cast(read(variable), average.dtype)
-                    previous.append(write(average, value, read(average)))
-        operations += previous
+    for (average, variable), earlier in zip(pairs, _waits_for(pairs)):
+        ready = [] if earlier is None else [operations[earlier]]
+        with control_flow.after(*ready), tf.device(average.device):
+            value = tf.cast(read(variable), average.dtype)
+            operations.append(write(average, value, read(average)))
     return operations
 
 
-def _batches(pairs: Sequence[Pair]) -> Iterator[List[Pair]]:
-    """Pairs to be updated at a time: what their arithmetic needs in passing is 1/32 of the averages.
+def _waits_for(pairs: Sequence[Pair]) -> Iterator[Optional[int]]:
+    """For each pair the index of the one that must be done before it, None for those that come first.
 
-    Or one variable, where that is larger.
+    What is under way needs memory for its arithmetic: this keeps it to 1/64 of the averages, or to one
+    variable, where that is larger.
     """
     sizes = [(average.shape.num_elements() or 0) * average.dtype.size for average, _ in pairs]
-    batch: List[Pair] = []
-    room = sum(sizes) / 32
-    for pair, size in zip(pairs, sizes):
-        if batch and size > room:
-            yield batch
-            batch, room = [], sum(sizes) / 32
-        batch.append(pair)
-        room -= size
-    if batch:
-        yield batch
+    room = sum(sizes) / 64
+    under_way, first = 0, 0
+    for index, size in enumerate(sizes):
+        under_way += size
+        while first < index and under_way > room:
+            under_way -= sizes[first]
+            first += 1
+        yield first - 1 if first else None
 
 
 def fold(

@@ -23,6 +23,7 @@ import tensorflow as tf
 
 from tf_averaging import average_ops
 from tf_averaging import control_flow
+from tf_averaging import packed_handles
 from tf_averaging.average_ops import Pair
 
 # Work on pairs of averages and variables, with a weight (scalar float64 tensor) for those that use one.
@@ -51,10 +52,10 @@ def fold(jit_compile: Union[bool, str]) -> Work:
 class DeviceFunctions:
     """Does work with pairs of averages and variables, on the device of each.
 
-    A function gets the handles of its variables as arguments, so one trace serves all calls, and what
-    is done on a condition is one operation of TensorFlow's. The usual conditional, which is dissolved
-    into the graph around it, costs a switch for each variable on every step, taken or not: the larger
-    part of what averaging costs on a step that averages nothing.
+    A function gets the handles of its variables as arguments, packed into one where that can be done.
+    So one trace serves all calls, and what is done on a condition is one operation of TensorFlow's. The
+    usual conditional, which is dissolved into the graph around it, costs a switch for each variable on
+    every step, taken or not: the larger part of what averaging costs on a step that averages nothing.
     """
 
     def __init__(self):
@@ -83,24 +84,26 @@ class DeviceFunctions:
             groups.setdefault(pair[0].device, []).append(pair)
         done = []
         for device, group in groups.items():
-            layout = tuple(component[1:] for pair in group for component in pair)
-            functions = [self._function(work, layout, group) for work in works]
+            is_here = is_one_process_cpu(group[0][0])
             with tf.device(device):
+                handles = average_ops.handles_of(group)
                 inputs = [tf.zeros([], tf.float64) if weight is None else weight]
-                inputs += average_ops.handles_of(group)
-                done.append(_call_one(functions, choice, inputs, is_one_process_cpu(group[0][0])))
+                inputs += packed_handles.pack(handles) if is_here else handles
+                functions = [self._function(work, group, inputs) for work in works]
+                done.append(_call_one(functions, choice, inputs, is_here))
         return done
 
-    def _function(self, work: Work, layout: Hashable, pairs: Sequence[Pair]) -> Callable:
-        """The work as a function of handles, for all pairs of these dtypes, shapes and device."""
-        key = (work, layout)
+    def _function(self, work: Work, pairs: Sequence[Pair], inputs: Sequence[tf.Tensor]) -> Callable:
+        """The work as a function of such inputs, for all pairs of these dtypes, shapes and device."""
+        layout = tuple(component[1:] for pair in pairs for component in pair)
+        key = (work, layout, len(inputs))
         if key not in self._functions:
 
-            def on_handles(weight, *handles):
+            def on_handles(weight, *packed):
+                handles = packed_handles.unpack(packed)
                 return control_flow.done(lambda: work(average_ops.with_handles(pairs, handles), weight))
 
-            signature = [tf.TensorSpec([], tf.float64)]
-            signature += [tf.TensorSpec([], tf.resource)] * (2 * len(pairs))
+            signature = [tf.TensorSpec(value.shape, value.dtype) for value in inputs]
             with tf.init_scope():
                 function = tf.function(on_handles, autograph=False)
                 self._functions[key] = function.get_concrete_function(*signature)
