@@ -318,15 +318,10 @@ COMBINATIONS = [
 
 
 def each_combination(**fixed):
-    """Runs a test with all combinations, or those with these values; each in one process of several."""
+    """Runs a test with all combinations, or those with these values."""
     names = ("strategy_name", "generation", "scheme", "loss_scaling")
     return pytest.mark.parametrize(
-        names,
-        [
-            pytest.param(*values, marks=pytest.mark.xdist_group("saving-" + "-".join(map(str, values))))
-            for values in COMBINATIONS
-            if fixed.items() <= dict(zip(names, values)).items()
-        ],
+        names, [values for values in COMBINATIONS if fixed.items() <= dict(zip(names, values)).items()]
     )
 
 
