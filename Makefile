@@ -6,7 +6,8 @@ BIN = $(VENV)/bin
 EXAMPLE_FLAGS ?=
 BENCHMARK_FLAGS ?=
 # Two processes at a time: tests mostly wait for Python. `make test PYTEST_FLAGS=` runs one.
-PYTEST_FLAGS ?= --numprocesses=2 --dist=loadgroup
+# A file is run by one of them, so that what its tests share, a cluster say, is made once.
+PYTEST_FLAGS ?= --numprocesses=2 --dist=loadfile
 NOX_FLAGS ?=
 
 .PHONY: test example multi_worker benchmark lint types format docs coverage wheel wheel_test compatibility clean

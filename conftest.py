@@ -13,7 +13,9 @@
 # limitations under the License.
 """What all tests share: two logical CPU devices, one MirroredStrategy, names for the doctests."""
 
+import multiprocessing.forkserver
 import os
+import pathlib
 import signal
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -40,6 +42,16 @@ def mirrored_strategy():
     One for the whole process: several MirroredStrategy objects would share collective keys.
     """
     return tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+
+
+@pytest.fixture(scope="session")
+def forkserver():
+    """Starts processes by forking one that has imported TensorFlow, which takes longer than they do."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(pathlib.Path(__file__).parent), prepend=os.pathsep)
+        multiprocessing.forkserver.set_forkserver_preload(["tf_averaging"])
+        multiprocessing.forkserver.ensure_running()
+    return multiprocessing.get_context("forkserver")
 
 
 @pytest.fixture(params=["default", "mirrored"])

@@ -454,64 +454,6 @@ class TestSlotsAndState:
         for a, b in zip(fresh.get_weights(), optimizer.get_weights()):
             np.testing.assert_array_equal(a, b)
 
-    @pytest.mark.parametrize("early", [False, True])
-    @pytest.mark.parametrize("generation", [tf_keras.optimizers, tf_keras.optimizers.legacy])
-    def test_checkpoint_resumes_exactly(self, strategy, generation, early, tmp_path):
-        def new():
-            tf_keras.utils.set_random_seed(1)
-            model = dense_model(strategy)
-            with strategy.scope():
-                optimizer = tfav.SWA(generation.Adam(0.01), 1, 2)
-                model.compile(optimizer, "mse")
-            return model, optimizer
-
-        model, optimizer = new()
-        for _ in range(5):
-            model.train_on_batch(X, Y)
-        optimizer.swap_weights()
-        path = tf.train.Checkpoint(model=model, optimizer=optimizer).save(str(tmp_path / "ckpt"))
-        optimizer.swap_weights()
-
-        resumed_model, resumed = new()
-        if not early:
-            resumed_model.train_on_batch(X, Y)
-        checkpoint = tf.train.Checkpoint(model=resumed_model, optimizer=resumed)
-        status = checkpoint.restore(path)
-        assert resumed.weights_swapped
-        resumed.swap_weights()
-        for a, b in zip(resumed_model.get_weights(), model.get_weights()):
-            np.testing.assert_array_equal(a, b)
-        for _ in range(4):
-            model.train_on_batch(X, Y)
-            resumed_model.train_on_batch(X, Y)
-        status.assert_consumed()
-        # By variable, not by index: a restore before training creates legacy slots in another order.
-        for a, b in zip(model.variables, resumed_model.variables):
-            np.testing.assert_array_equal(a.numpy(), b.numpy())
-            np.testing.assert_array_equal(
-                optimizer.get_slot(a, "average").numpy(), resumed.get_slot(b, "average").numpy()
-            )
-        assert resumed.num_averaged == optimizer.num_averaged
-
-    @pytest.mark.parametrize("generation", [tf_keras.optimizers, tf_keras.optimizers.legacy])
-    @pytest.mark.parametrize("suffix", [".keras", ".h5"])
-    def test_model_file_resumes_exactly(self, generation, suffix, tmp_path):
-        model = dense_model()
-        optimizer = tfav.ExponentialMovingAverage(generation.Adam(0.01))
-        model.compile(optimizer, "mse")
-        for _ in range(5):
-            model.train_on_batch(X, Y)
-        path = str(tmp_path / ("model" + suffix))
-        model.save(path)
-        loaded = tf_keras.models.load_model(path)
-        for _ in range(4):
-            model.train_on_batch(X, Y)
-            loaded.train_on_batch(X, Y)
-        for a, b in zip(optimizer.get_weights(), loaded.optimizer.get_weights()):
-            np.testing.assert_array_equal(a, b)
-        for a, b in zip(model.get_weights(), loaded.get_weights()):
-            np.testing.assert_array_equal(a, b)
-
     def test_saved_model_can_be_loaded(self, tmp_path):
         model = dense_model()
         model.compile(tfav.SWA("adam", 0, 1), "mse")

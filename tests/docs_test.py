@@ -13,10 +13,7 @@
 # limitations under the License.
 """The code of the README and of the guides runs as it stands there; their links lead somewhere."""
 
-import os
 import re
-import subprocess
-import sys
 
 import pytest
 
@@ -33,23 +30,17 @@ each_guide = pytest.mark.parametrize("path", markdown_code.GUIDES, ids=lambda pa
 @pytest.mark.parametrize(
     "path", list(filter(markdown_code.program_of, markdown_code.GUIDES)), ids=lambda path: path.name
 )
-def test_code_runs(path, tmp_path):
+def test_code_runs(forkserver, path, tmp_path):
     """Each file is one program, in a process of its own, in an empty directory."""
-    script = tmp_path / (path.stem + ".py")
-    script.write_text(markdown_code.program_of(path), encoding="utf-8")
-    # Where TensorFlow is imported, so are we: from this checkout, or where Bazel has put us.
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(markdown_code.ROOT), *sys.path])}
-    done = subprocess.run(
-        [sys.executable, script.name],
-        cwd=tmp_path,
-        env=environment,
-        timeout=TIME_LIMIT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, f"{path.name}, lines as in that file:\n{done.stdout[-5000:]}"
+    process = forkserver.Process(target=markdown_code.run_program, args=(path, tmp_path))
+    process.start()
+    try:
+        process.join(TIME_LIMIT)
+        output = (tmp_path / "output").read_text(encoding="utf-8")[-5000:]
+        assert process.exitcode == 0, f"{path.name}, lines as in that file:\n{output}"
+    finally:
+        process.kill()
+        process.join()
 
 
 @each_guide

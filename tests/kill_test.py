@@ -14,9 +14,7 @@
 """A run that is killed at any moment resumes to the same end, bit for bit."""
 
 import itertools
-import multiprocessing
 import os
-import pathlib
 import signal
 import time
 
@@ -31,29 +29,14 @@ TIME_LIMIT = 120  # Seconds for anything that a process does.
 LONGEST_DELAY = 0.2  # Seconds; a step takes a few milliseconds, a save some tens, tracing half a second.
 
 
-@pytest.fixture(scope="module")
-def processes():
-    """Starts processes by forking one that has imported everything, which takes longer than to train."""
-    root = str(pathlib.Path(__file__).parent.parent)
-    path = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = root if path is None else os.pathsep.join([root, path])
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.kill_loops"])
-    yield context
-    if path is None:
-        del os.environ["PYTHONPATH"]
-    else:
-        os.environ["PYTHONPATH"] = path
-
-
-def run(processes, loop, scheme, directory, result, kill_at=None, delay=0.0):
+def run(forkserver, loop, scheme, directory, result, kill_at=None, delay=0.0):
     """Runs a loop in a new process, until its end, or `delay` seconds after its event number `kill_at`.
 
     Returns:
       The events, and whether the process was killed.
     """
-    receiver, sender = processes.Pipe(duplex=False)
-    process = processes.Process(target=loop, args=(scheme, str(directory), str(result), sender))
+    receiver, sender = forkserver.Pipe(duplex=False)
+    process = forkserver.Process(target=loop, args=(scheme, str(directory), str(result), sender))
     process.start()
     sender.close()
     events = []
@@ -83,9 +66,9 @@ def arrays(path):
 @pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["swa", "ema"])
 @pytest.mark.parametrize("loop", kill_loops.LOOPS, ids=lambda loop: loop.__name__)
-def test_killed_run_resumes_to_the_same_end(processes, tmp_path, loop, scheme):
+def test_killed_run_resumes_to_the_same_end(forkserver, tmp_path, loop, scheme):
     (tmp_path / "undisturbed").mkdir()
-    events, _ = run(processes, loop, scheme, tmp_path / "undisturbed", tmp_path / "expected.npz")
+    events, _ = run(forkserver, loop, scheme, tmp_path / "undisturbed", tmp_path / "expected.npz")
     expected = arrays(tmp_path / "expected.npz")
     rng = np.random.default_rng([SEED, kill_loops.LOOPS.index(loop), scheme == "swa"])
     killed = []
@@ -99,7 +82,7 @@ def test_killed_run_resumes_to_the_same_end(processes, tmp_path, loop, scheme):
             if len(killed) < KILLS:  # Most at once or soon, some much later, in the midst of something.
                 delay = LONGEST_DELAY * rng.random() ** 3
                 kill = {"kill_at": int(rng.integers(len(events))), "delay": delay}
-            at, was_killed = run(processes, loop, scheme, directory, result, **kill)
+            at, was_killed = run(forkserver, loop, scheme, directory, result, **kill)
             if was_killed:
                 killed.append(f"{at[-1]} + {1000 * kill['delay']:.0f} ms")
         assert arrays(result) == expected

@@ -13,8 +13,10 @@
 # limitations under the License.
 """Python code blocks of the README and of the guides."""
 
+import os
 import pathlib
 import re
+import runpy
 import sys
 from typing import List, NamedTuple
 
@@ -66,6 +68,22 @@ def program_of(path: pathlib.Path) -> str:
         if block.language == "python":
             lines += [""] * (block.first_line - 1 - len(lines)) + block.lines
     return "\n".join(lines)
+
+
+def run_program(path: pathlib.Path, directory: pathlib.Path) -> None:
+    """Runs the program of a Markdown file, in a process that is there for it alone.
+
+    Args:
+      path: the Markdown file.
+      directory: where it runs; its file `output` gets what the process prints.
+    """
+    os.chdir(directory)
+    with open("output", "wb") as output:
+        os.dup2(output.fileno(), 1)
+        os.dup2(output.fileno(), 2)
+    script = pathlib.Path(path.stem + ".py")
+    script.write_text(program_of(path), encoding="utf-8")
+    runpy.run_path(str(script), run_name="__main__")
 
 
 if __name__ == "__main__":  # python -m tests.markdown_code README.md

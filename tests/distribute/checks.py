@@ -996,18 +996,21 @@ SYNCHRONOUS = [
     mixed_bfloat16,
 ]
 REPLICATED = [synchronized_batch_norm_is_averaged, mixed_float16]
-FEW = [
+ONE_OF_EACH_KIND = [
     fit_follows_one_device,
-    training_while_swapped_fails_and_moves_nothing,
     batch_norm_statistics_are_averaged,
     checkpoint_continues_exactly,
-    checkpoint_saved_while_swapped,
-    get_average_is_the_average,
     custom_loop,
-    custom_loop_guard,
-    gan_of_two_models,
     swap_and_assign_in_every_context,
-    optimizer_created_outside_the_scope,
     mixed_float16,
     mixed_bfloat16,
+]
+FEW = [
+    *ONE_OF_EACH_KIND,
+    training_while_swapped_fails_and_moves_nothing,
+    checkpoint_saved_while_swapped,
+    get_average_is_the_average,
+    custom_loop_guard,
+    gan_of_two_models,
+    optimizer_created_outside_the_scope,
 ]

@@ -39,10 +39,10 @@ def directory(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def two_workers(directory):
-    """Two workers that run all checks, restore what one worker saved, and save."""
+    """Two workers that run all checks, restore what one worker saved, save; then one swaps alone."""
     with processes.Children(directory) as children:
         children.wait_for(start(children, 1, "before", f"save={directory}/one"), SECONDS)
-        commands = ["all_checks", f"restore={directory}/one", f"save={directory}/two"]
+        commands = ["all_checks", f"restore={directory}/one", f"save={directory}/two", "swap_alone"]
         workers = start(children, 2, "cluster", *commands)
         children.wait_for_end(workers, SECONDS)
         yield workers
@@ -73,17 +73,13 @@ def test_restored_by_one_after_two(two_workers, directory):
         children.wait_for(start(children, 1, "after", f"restore={directory}/two"), SECONDS)
 
 
-def test_worker_that_swaps_alone_fails_on_both(tmp_path):
+def test_worker_that_swaps_alone_fails_on_both(two_workers):
     """The chief at once, the other as soon as the chief's process is gone."""
-    with processes.Children(tmp_path) as children:
-        workers = start(children, 2, "alone", "swap_alone")
-        children.wait_for_end(workers, SECONDS)
-        chief, other = workers
-        for worker in workers:
-            assert worker.exit_code == 1, worker.story()
-            assert "[training]" in worker.output, worker.story()
-        assert checks.GUARD in chief.output, chief.story()
-        assert "UnavailableError" in other.output, other.story()
+    for worker, error in zip(two_workers, (checks.GUARD, "UnavailableError")):
+        assert worker.exit_code == 1, worker.story()
+        _, training, failure = worker.output.partition("[training]")
+        assert training, worker.story()
+        assert error in failure, worker.story()
 
 
 def test_worker_that_swaps_alone_and_lives_on_fails_on_both(tmp_path):

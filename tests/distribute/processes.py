@@ -45,6 +45,7 @@ class Child:
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
         environment.update(TF_CPP_MIN_LOG_LEVEL="2", CUDA_VISIBLE_DEVICES="-1", GRPC_VERBOSITY="NONE")
         environment.update(TF_GRPC_REUSE_PORT="1")  # Its port is held for it, see `cluster_variables`.
+        environment.update(TF_USE_LEGACY_KERAS="1")  # Keras 3 is not imported too, which takes a second.
         with log.open("ab") as output:
             self._process = subprocess.Popen(
                 [sys.executable, str(HERE / "processes.py"), str(HERE / program), *map(str, arguments)],

@@ -41,7 +41,9 @@ KINDS = {
 
 
 def checks_of(kind):
-    if kind.startswith(("mirrored_on_four", "one_device")):
+    if kind.startswith("mirrored_on_four"):
+        return checks.ONE_OF_EACH_KIND
+    if kind == "one_device":
         return checks.FEW
     if kind == "central_storage":
         return [*checks.SYNCHRONOUS, checks.loss_scaling_is_refused_as_by_tf_keras]
