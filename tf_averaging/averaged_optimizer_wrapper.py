@@ -204,18 +204,17 @@ class AveragedOptimizerWrapper(saved_optimizer.SavedOptimizer):
             )
         aggregate = experimental_aggregate_gradients and not skip_gradients_aggregation
 
-        def step_inside():
-            return inner_optimizers.apply_gradients(
-                self._inner_optimizer, grads_and_vars, name, aggregate
-            )
+        def step_inside(pairs):
+            return inner_optimizers.apply_gradients(self._inner_optimizer, pairs, name, aggregate)
 
         if all(gradient is None for gradient, _ in grads_and_vars):
-            return step_inside()  # No step: an error or nothing, as the inner optimizer has it.
+            # No step: an error or nothing, as the inner optimizer has it.
+            return step_inside(grads_and_vars)
         self._check_graph()
         with tf.name_scope(name or self.name), tf.init_scope():
             self._create_averages([variable for _, variable in grads_and_vars])
         if not self._averages:
-            return step_inside()
+            return step_inside(grads_and_vars)
         step = self._step()
         due = self._is_due(step)
         # The step is read before the inner optimizer counts it, in graphs of TF 1 too.
@@ -224,7 +223,9 @@ class AveragedOptimizerWrapper(saved_optimizer.SavedOptimizer):
             if not self._first_update_is_copy:
                 started = self._once(lambda: self._averages.start(due))
             with control_flow.after(*started):
-                result = step_inside()
+                # Each gradient waits by itself. Keras's sum over replicas, an operation of all gradients,
+                # would wait otherwise, and with it all updates for the last gradient.
+                result = step_inside([(control_flow.waiting(g), v) for g, v in grads_and_vars])
         with tf.name_scope(name or self.name), control_flow.after(result):
             folded = self._once(lambda: self._fold(step, due))
         return result if delegating_optimizer.orders_itself() else tf.group(result, *folded)

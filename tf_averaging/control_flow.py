@@ -39,6 +39,11 @@ def after(*results: object) -> ContextManager:
     )
 
 
+def waiting(value: Optional[tf.Tensor]) -> Optional[tf.Tensor]:
+    """The value; in graphs it is ready after what the context orders it after. None stays None."""
+    return value if value is None or tf.executing_eagerly() else tf.identity(value)
+
+
 def as_it_is() -> ContextManager:
     """Keeps TensorFlow, where it compiles parts of graphs by itself, from compiling this one."""
     if tf.executing_eagerly():
