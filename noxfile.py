@@ -26,6 +26,8 @@ import nox
 
 # Python, TensorFlow: pyproject.toml and docs/compatibility.md say the same.
 RELEASES = [("3.9", "2.16"), ("3.11", "2.21"), ("3.13", "2.21")]
+# As `make test` does.
+TWO_PROCESSES = ["--numprocesses=2", "--dist=loadfile"]
 
 
 @nox.session
@@ -34,7 +36,7 @@ def tests(session: nox.Session, tensorflow: str) -> None:
     """The whole test suite, or what is named after `--`."""
     releases = [f"{package}=={tensorflow}.*" for package in ("tensorflow", "tf-keras", "tensorboard")]
     session.install("--editable", ".[test,examples]", *releases)
-    session.run("python", "-m", "pytest", *session.posargs)
+    session.run("python", "-m", "pytest", *(session.posargs or TWO_PROCESSES))
 
 
 @nox.session

@@ -24,7 +24,7 @@ compiles no code that gets its variables in this way.
 
 from __future__ import annotations
 
-from typing import Dict, FrozenSet, List, NamedTuple, Sequence
+from typing import Dict, FrozenSet, List, NamedTuple, Sequence, Tuple
 
 import tensorflow as tf
 
@@ -101,17 +101,14 @@ def _add_packed_variables(op: tf.Operation, reads: set, writes: set) -> bool:
       Whether there were any to add.
     """
     del reads
-    if all(tensor.shape.rank == 0 for tensor in writes):
+    if not any(tensor.shape.rank == 1 for tensor in writes):
         return False
-    origins = _origins(op.graph)
-    packed = [_behind(origins[id(tensor)]) for tensor in writes if id(tensor) in origins]
-    written = frozenset().union(*(behind.ids for behind in packed))
-    touched = [tensor for behind in packed for tensor in behind.captured if tensor.graph is op.graph]
-    touched += [
-        tensor
-        for _, tensor in op.graph.captures
-        if not written.isdisjoint(_behind(origins[id(tensor)]).ids)
-    ]
+    behind = {id(tensor): (tensor, _behind(origin)) for tensor, origin in _origins(op.graph)}
+    packed = [behind[id(tensor)][1] for tensor in writes if id(tensor) in behind]
+    written = frozenset().union(*(variables.ids for variables in packed))
+    touched = [tensor for tensor, variables in behind.values() if written & variables.ids]
+    for variables in packed:
+        touched += [tensor for tensor in variables.captured if tensor.graph is op.graph]
     known = {id(tensor) for tensor in writes}
     new = [tensor for tensor in touched if id(tensor) not in known]
     writes.update(new)
@@ -122,16 +119,16 @@ def _behind(origin: tf.Tensor) -> _Behind:
     return getattr(origin, _BEHIND, _Behind(frozenset([id(origin)]), [], []))
 
 
-def _origins(graph: tf.Graph) -> Dict[int, tf.Tensor]:
-    """For each tensor by which a function's graph captures another one, by id, where that comes from.
+def _origins(graph: tf.Graph) -> List[Tuple[tf.Tensor, tf.Tensor]]:
+    """The tensors by which a function's graph captures others, each with where it comes from.
 
     A graph inside of others captures what these have captured.
     """
-    origins: Dict[int, tf.Tensor] = {}
+    origins = []
     outer: Dict[int, tf.Tensor] = {}
-    for external, internal in graph.captures:
+    for external, internal in getattr(graph, "captures", ()):
         if not isinstance(external, _EagerTensor):
-            outer = outer or _origins(external.graph)
+            outer = outer or {id(tensor): origin for tensor, origin in _origins(external.graph)}
             external = outer.get(id(external), external)
-        origins[id(internal)] = external
+        origins.append((internal, external))
     return origins
