@@ -21,7 +21,7 @@ one variable after the other, in plain operations.
 
 import functools
 import os
-from typing import Callable, Dict, List, Optional
+from typing import Callable, Dict, List, Optional, Sequence
 
 import tensorflow as tf
 import tf_keras
@@ -157,8 +157,13 @@ def _in_scope(strategy, make):
         return make()
 
 
-def makers(variables: List[tf.Variable], gradients: list, strategy=None) -> Dict[str, Callable]:
-    """Functions that make each contender; under a strategy only those that run there."""
+def makers(
+    variables: List[tf.Variable], gradients: list, peers: Sequence[str], strategy=None
+) -> Dict[str, Callable]:
+    """Functions that make ours, these peers, and the optimizers alone that each is compared with.
+
+    Under a strategy only those that run there.
+    """
     here = (variables, gradients, strategy)
     makers = {
         names.BARE: lambda: Contender(sgd(), *here),
@@ -172,4 +177,6 @@ def makers(variables: List[tf.Variable], gradients: list, strategy=None) -> Dict
     makers[names.MODELS] = lambda: PlainOperations(like_models, variables, gradients)
     makers[names.BARE_KERAS_3] = lambda: Keras3(False, variables, gradients)
     makers[names.KERAS_3] = lambda: Keras3(True, variables, gradients)
-    return makers
+    chosen = {*names.OURS, *peers}
+    chosen |= {bare_of(name) for name in chosen}
+    return {name: make for name, make in makers.items() if name in chosen}

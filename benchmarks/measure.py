@@ -47,7 +47,7 @@ def measure_workload(name: str) -> Dict[str, object]:
             variables = workload.variables()
     else:
         variables = workload.variables()
-    makers = contenders.makers(variables, gradients, strategy)
+    makers = contenders.makers(variables, gradients, workload.peers, strategy)
     made = {contender: make() for contender, make in makers.items()}
     limit = timing.MemoryLimit(8 if FLAGS.quick else 256)
     steps = {contender: one.step for contender, one in made.items()}

@@ -11,7 +11,10 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""How things are measured: in turns, so that whatever slows the machine down slows all alike."""
+"""How things are measured: in turns, so that whatever slows the machine down slows all alike.
+
+Each round has an order of its own: it is not always the same other call that leaves the caches to one.
+"""
 
 import concurrent.futures
 import os
@@ -25,7 +28,7 @@ import tensorflow as tf
 def in_turns(
     calls: Dict[str, Callable[[], object]], seconds: float, least: int, most: int
 ) -> Dict[str, np.ndarray]:
-    """Times the calls one after the other, over and over.
+    """Times the calls one after the other, over and over, in a new order each time.
 
     Args:
       calls: what to time, by name.
@@ -39,13 +42,14 @@ def in_turns(
     for call in calls.values():
         call()
     times = {name: [] for name in calls}
+    order = np.random.default_rng(0)
     begin = time.perf_counter()
     for done in range(most):
         if done >= least and time.perf_counter() - begin > seconds:
             break
-        for name, call in calls.items():
+        for name in order.permutation(list(calls)):
             start = time.perf_counter()
-            call()
+            calls[name]()
             times[name].append(time.perf_counter() - start)
     return {name: np.asarray(values) for name, values in times.items()}
 

@@ -19,6 +19,8 @@ from typing import Dict, List, Tuple
 import numpy as np
 import tensorflow as tf
 
+from benchmarks import names
+
 Shape = Tuple[int, ...]
 
 
@@ -31,12 +33,14 @@ class Workload:
       dtype: of the variables.
       sparse_rows: the number of rows of a variable that a gradient reaches; 0 for all.
       replicas: on how many devices of a MirroredStrategy.
+      peers: with whom to compare; all of them together must fit into memory.
     """
 
     shapes: List[Shape]
     dtype: str = "float32"
     sparse_rows: int = 0
     replicas: int = 1
+    peers: Tuple[str, ...] = names.PEERS
 
     @property
     def elements(self) -> int:
@@ -98,7 +102,7 @@ WORKLOADS: Dict[str, Workload] = {
     "matrices": Workload(3 * [(4096, 4096)]),
     "small": Workload(500 * [(64, 64), (64,)]),
     "transformer": Workload(transformer(12, 768, 32_000)),
-    "embedding": Workload([(2**18, 1024)], sparse_rows=4096),
+    "embedding": Workload([(2**18, 1024)], sparse_rows=4096, peers=(names.USE_EMA, names.ADDONS)),
     "bfloat16": Workload(3 * [(4096, 4096)], dtype="bfloat16"),
     "mirrored": Workload(resnet_50(), replicas=2),
 }
@@ -109,7 +113,7 @@ QUICK: Dict[str, Workload] = {
     "matrices": Workload(3 * [(256, 256)]),
     "small": Workload(10 * [(64, 64), (64,)]),
     "transformer": Workload(transformer(1, 64, 1000)),
-    "embedding": Workload([(2**10, 64)], sparse_rows=16),
+    "embedding": Workload([(2**10, 64)], sparse_rows=16, peers=(names.USE_EMA, names.ADDONS)),
     "bfloat16": Workload(3 * [(256, 256)], dtype="bfloat16"),
     "mirrored": Workload(resnet_50()[:12], replicas=2),
 }
