@@ -27,7 +27,7 @@ import nox
 # Python, TensorFlow: pyproject.toml and docs/compatibility.md say the same.
 RELEASES = [("3.9", "2.16"), ("3.11", "2.21"), ("3.13", "2.21")]
 # As `make test` does.
-TWO_PROCESSES = ["--numprocesses=2", "--dist=loadfile"]
+TWO_PROCESSES = ["--numprocesses=2", "--dist=loadfile", "--no-loadscope-reorder"]
 
 
 @nox.session
