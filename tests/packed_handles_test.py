@@ -182,6 +182,24 @@ def test_compiled_steps_get_all_variables():
     assert inputs_of_step(optimizer, VARIABLES, jit_compile=True) >= 2 * VARIABLES
 
 
+def test_compiled_code_refuses_what_was_traced_outside_of_it():
+    """As docs/performance.md says. Nothing has changed then; another function of the step compiles."""
+    variables, optimizer = variables_and_optimizer()
+
+    def step():
+        optimizer.apply_gradients([(tf.ones([8]), v) for v in variables])
+
+    traced = tf.function(step)
+    traced()
+    state = [v.numpy() for v in [*variables, *optimizer.variables]]
+    with pytest.raises((tf.errors.UnimplementedError, tf.errors.InvalidArgumentError)):
+        tf.function(lambda: traced(), jit_compile=True)()
+    for before, after in zip(state, [*variables, *optimizer.variables]):
+        np.testing.assert_array_equal(before, after)
+    tf.function(lambda: tf.function(step)(), jit_compile=True)()
+    np.testing.assert_array_equal(optimizer.num_averaged, 2)
+
+
 def test_handles_of_graphs_are_not_packed():
     with tf.Graph().as_default():
         handles = [tf.compat.v1.get_variable(name, [], use_resource=True).handle for name in "ab"]
