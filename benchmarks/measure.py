@@ -55,12 +55,18 @@ def measure_workload(name: str) -> Dict[str, object]:
         {**steps, "limit": limit}, FLAGS.seconds, least=12 if FLAGS.quick else 30, most=400
     )
     limit_ms = timing.spread(times.pop("limit") * workload.moved_bytes / limit.bytes_moved)
+    added = steps_and_added(times, contenders.bare_of)
+    # What SWA adds between snapshots is next to nothing: it takes many more rounds to see it.
+    taken = int(made[names.SWA].optimizer.iterations)
+    pair = {contender: steps[contender] for contender in (names.BARE, names.SWA)}
+    times = timing.in_turns(pair, FLAGS.seconds, least=12 if FLAGS.quick else 30, most=2000)
+    added[names.SWA] = steps_and_added(times, contenders.bare_of, taken)[names.SWA]
     return {
         "elements": workload.elements,
         "variables": len(workload.shapes),
         "averaged_bytes": workload.averaged_bytes,
         "limit": limit_ms,
-        "steps": steps_and_added(times, contenders.bare_of),
+        "steps": added,
         "swap": exchanges(made),
         "assign": assignments(made),
         "extra_memory": memory(made),
@@ -68,15 +74,23 @@ def measure_workload(name: str) -> Dict[str, object]:
     }
 
 
-def steps_and_added(times: Dict[str, np.ndarray], bare_of: Callable[[str], str]) -> Dict[str, object]:
-    """Time of a step, and what the contender adds to the step of its bare optimizer beside it."""
+def steps_and_added(
+    times: Dict[str, np.ndarray], bare_of: Callable[[str], str], taken: int = 0
+) -> Dict[str, object]:
+    """Time of a step, and what the contender adds to the step of its bare optimizer beside it.
+
+    Args:
+      times: from `timing.in_turns`.
+      bare_of: the name of the bare optimizer to compare with.
+      taken: how many steps SWA had taken before.
+    """
     result = {}
     for name, seconds in times.items():
         added = seconds - times[bare_of(name)]
         result[name] = {"step": timing.spread(seconds)}
         if name == names.SWA:
-            # `in_turns` takes step 0 to warm up; round 0 is step 1. Snapshots are taken on steps 0, 10, …
-            on_snapshot = (np.arange(len(seconds)) + 1) % contenders.PERIOD == 0
+            # `in_turns` takes one step more, to warm up. Snapshots are taken on steps 0, 10, …
+            on_snapshot = (taken + 1 + np.arange(len(seconds))) % contenders.PERIOD == 0
             result[name]["added"] = timing.spread(added[~on_snapshot])
             result[name]["added_on_snapshot"] = timing.spread(added[on_snapshot])
         elif name not in names.BARES:

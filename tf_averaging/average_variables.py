@@ -110,14 +110,18 @@ class AverageVariables(average_slots.AverageSlots):
     def _interpolate(self, due, pairs, weight, jit_compile, first_is_copy) -> List[tf.Tensor]:
         if self.section is not None:
             return self._interpolate_by_plain_operations(pairs, weight(), first_is_copy)
-        # What all devices need is computed here: the work on one device has no access to others.
-        alpha = weight() if due is True else tf.cond(due, weight, lambda: tf.zeros([], tf.float64))
         fold = device_functions.fold(jit_compile)
         if due is True and not first_is_copy:
-            return self._on_devices(pairs, [fold], weight=alpha)
-        action = tf.where(self._is_empty(), 2, 1) if first_is_copy else 1
+            return self._on_devices(pairs, [fold], weight=weight())
+
+        def chosen():
+            return (tf.where(self._is_empty(), 2, 1) if first_is_copy else tf.constant(1)), weight()
+
+        # What all devices need is computed here: the work on one device has no access to others.
+        skipped = tf.constant(0), tf.zeros([], tf.float64)
+        choice, alpha = chosen() if due is True else tf.cond(due, chosen, lambda: skipped)
         works = [device_functions.nothing, fold, device_functions.copy]
-        return self._on_devices(pairs, works, action * tf.cast(due, tf.int32), alpha)
+        return self._on_devices(pairs, works, choice, alpha)
 
     def _interpolate_by_plain_operations(self, pairs, weight, first_is_copy) -> List[tf.Tensor]:
         # No function is called here: a critical section does not keep apart what runs inside of one.

@@ -248,11 +248,12 @@ class AveragedOptimizerWrapper(saved_optimizer.SavedOptimizer):
         )
 
     def _is_due(self, step: tf.Tensor) -> Union[bool, tf.Tensor]:
-        start = self.start_averaging
-        if isinstance(start, int) and start == 0 and self._average_period == 1:
-            return True
-        since_start = step - start
-        return tf.logical_and(since_start >= 0, tf.equal(since_start % self._average_period, 0))
+        start, period = self.start_averaging, self._average_period
+        has_begun = True if isinstance(start, int) and start == 0 else step >= start
+        is_turn = True if period == 1 else tf.equal((step - start) % period, 0)
+        if has_begun is True or is_turn is True:
+            return is_turn if has_begun is True else has_begun
+        return tf.logical_and(has_begun, is_turn)
 
     def _step(self) -> tf.Tensor:
         """The number of steps taken so far: scalar int64 tensor."""

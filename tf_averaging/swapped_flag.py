@@ -81,8 +81,9 @@ def check_not_set(flag: tf.Variable) -> Optional[tf.Operation]:
     component = average_ops.components(flag)[0]
     # There is no vector of length -1. The name is what a user gets to read: the error message shows it.
     # Assigning the value back keeps the check from being pruned. What states the length outright, as
-    # `tf.ensure_shape` and a reshape do, would tell TensorFlow that the flag is not set anywhere in this
-    # graph: it would know the outcome of later checks and swaps, and leave them out.
-    length = tf.size(average_ops.read(component))
-    empty = tf.fill([-length], True, name="training_step_while_swapped__call_swap_weights_first")
+    # `tf.ensure_shape` and an assignment of a constant do, would tell TensorFlow that the flag is not set
+    # anywhere in this graph: it would know the outcome of later checks and swaps, and leave them out.
+    with tf.device(component.device):
+        negative = -tf.raw_ops.VariableShape(input=component.handle)
+        empty = tf.fill(negative, True, name="training_step_while_swapped__call_swap_weights_first")
     return average_ops.assign(component, empty)
