@@ -114,12 +114,14 @@ class AverageVariables(average_slots.AverageSlots):
         if due is True and not first_is_copy:
             return self._on_devices(pairs, [fold], weight=weight())
 
-        def chosen():
+        def fold_or_copy():
             return (tf.where(self._is_empty(), 2, 1) if first_is_copy else tf.constant(1)), weight()
 
+        def skip():
+            return tf.constant(0), tf.zeros([], tf.float64)
+
         # What all devices need is computed here: the work on one device has no access to others.
-        skipped = tf.constant(0), tf.zeros([], tf.float64)
-        choice, alpha = chosen() if due is True else tf.cond(due, chosen, lambda: skipped)
+        choice, alpha = fold_or_copy() if due is True else tf.cond(due, fold_or_copy, skip)
         works = [device_functions.nothing, fold, device_functions.copy]
         return self._on_devices(pairs, works, choice, alpha)
 

@@ -16,6 +16,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from typing import Any, Dict, Iterable, List, Optional, Sequence, Type, Union
 
 import tensorflow as tf
@@ -249,11 +250,12 @@ class AveragedOptimizerWrapper(saved_optimizer.SavedOptimizer):
 
     def _is_due(self, step: tf.Tensor) -> Union[bool, tf.Tensor]:
         start, period = self.start_averaging, self._average_period
-        has_begun = True if isinstance(start, int) and start == 0 else step >= start
-        is_turn = True if period == 1 else tf.equal((step - start) % period, 0)
-        if has_begun is True or is_turn is True:
-            return is_turn if has_begun is True else has_begun
-        return tf.logical_and(has_begun, is_turn)
+        conditions = []
+        if isinstance(start, tf.Tensor) or start > 0:
+            conditions.append(step >= start)
+        if period > 1:
+            conditions.append(tf.equal((step - start) % period, 0))
+        return functools.reduce(tf.logical_and, conditions) if conditions else True
 
     def _step(self) -> tf.Tensor:
         """The number of steps taken so far: scalar int64 tensor."""
