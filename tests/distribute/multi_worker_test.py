@@ -14,6 +14,7 @@
 """MultiWorkerMirroredStrategy: two workers, and checkpoints that move between clusters of one and two."""
 
 import re
+import signal
 
 import checks
 import multi_worker_program as program
@@ -84,10 +85,15 @@ def test_worker_that_swaps_alone_fails_on_both(two_workers):
 
 def test_worker_that_swaps_alone_and_lives_on_fails_on_both(tmp_path):
     """The other when the time limit of the strategy's communication is over."""
-    with processes.Children(tmp_path) as children:
-        chief, other = start(children, 2, "alone", "swap_alone=live_on")
-        children.wait_for_end([other], SECONDS)
-        assert other.exit_code == 1, other.story()
-        assert "DeadlineExceededError" in other.output, other.story()
-        assert chief.exit_code is None, chief.story()
-        assert checks.GUARD in chief.part("[training]", "[lives on]"), chief.story()
+    # TensorFlow ends a collective operation at its time limit while the work on it goes on, and what that
+    # work needs is freed. Now and then (1 in some 15 runs were seen) the process crashes over it.
+    for attempt in range(3):
+        with processes.Children(tmp_path) as children:
+            chief, other = start(children, 2, f"alone{attempt}", "swap_alone=live_on")
+            children.wait_for_end([other], SECONDS)
+            assert chief.exit_code is None, chief.story()
+            assert checks.GUARD in chief.part("[training]", "[lives on]"), chief.story()
+        if other.exit_code != -signal.SIGSEGV:
+            break
+    assert other.exit_code == 1, other.story()
+    assert "DeadlineExceededError" in other.output, other.story()
