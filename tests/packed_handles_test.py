@@ -133,6 +133,47 @@ def test_variables_that_are_arguments_of_the_function():
     )
 
 
+@pytest.mark.parametrize("way", ["directly", "in a branch", "in a function"])
+@pytest.mark.parametrize("kind", ["averages", "weights"])
+def test_a_step_traced_before_in_functions_with_arguments(kind, way):
+    """The handles were packed in another function, which knew nothing of these arguments."""
+    size = 200_000
+    trained, other = tf.Variable(tf.zeros([size])), tf.Variable(tf.zeros([size]))
+    optimizer = tfav.ExponentialMovingAverage(
+        tf_keras.optimizers.SGD(1.0), average_decay=0.5, dynamic_decay=False
+    )
+    optimizer.shadow_copy([trained, other])
+    average = optimizer.get_slot(other, "average")
+
+    @tf.function(autograph=False)
+    def step():
+        optimizer.apply_gradients([(tf.ones([size]), trained)])
+
+    @tf.function(autograph=False)
+    def add_to(variable):
+        variable.assign_add(tf.fill([size], 16.0))
+
+    @tf.function(autograph=False)
+    def train(variable):
+        for _ in range(8):
+            WAYS[way](step)
+            add_to(variable)
+        return variable.read_value()
+
+    step()
+    added = train({"averages": average, "weights": other}[kind])
+    weight, expected = 0.0, 0.0
+    for _ in range(8):
+        expected += 0.5 * (weight - expected)
+        if kind == "averages":
+            expected += 16.0
+        else:
+            weight += 16.0
+    np.testing.assert_array_equal(other, np.full([size], weight))
+    np.testing.assert_array_equal(average, np.full([size], expected))
+    np.testing.assert_array_equal(added, expected if kind == "averages" else weight)
+
+
 def test_assigning_averages_comes_before_the_step_after_it():
     """Where nothing but averaging uses the variables: packed handles alone say which these are."""
     variables, optimizer = variables_and_optimizer()

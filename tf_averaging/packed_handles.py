@@ -54,7 +54,7 @@ def pack(handles: Sequence[tf.Tensor]) -> List[tf.Tensor]:
         return list(handles)
     with tf.init_scope():
         packed = tf.stack(handles)
-    setattr(packed, _BEHIND, _Behind(frozenset(map(id, handles)), handles, _captured(handles, graph)))
+    setattr(packed, _BEHIND, _Behind(frozenset(map(id, handles)), handles))
     return [packed]
 
 
@@ -69,23 +69,10 @@ class _Behind(NamedTuple):
     Attributes:
       ids: of the handles.
       handles: kept, so that no others get these ids.
-      captured: what stood for the handles in the graphs where they were packed. That a variable is an
-        argument of a function is known only while the function is traced.
     """
 
     ids: FrozenSet[int]
     handles: Sequence[tf.Tensor]
-    captured: List[tf.Tensor]
-
-
-def _captured(handles: Sequence[tf.Tensor], graph: tf.Graph) -> List[tf.Tensor]:
-    """What stands for the handles in a graph and those around it."""
-    ids = set(map(id, handles))
-    captured = []
-    while hasattr(graph, "captures"):
-        captured += [internal for external, internal in graph.captures if id(external) in ids]
-        graph = graph.outer_graph
-    return captured
 
 
 @auto_control_deps.register_acd_resource_resolver
@@ -103,20 +90,22 @@ def _add_packed_variables(op: tf.Operation, reads: set, writes: set) -> bool:
     del reads
     if not any(tensor.shape.rank == 1 for tensor in writes):
         return False
-    behind = {id(tensor): (tensor, _behind(origin)) for tensor, origin in _origins(op.graph)}
-    packed = [behind[id(tensor)][1] for tensor in writes if id(tensor) in behind]
-    written = frozenset().union(*(variables.ids for variables in packed))
-    touched = [tensor for tensor, variables in behind.values() if written & variables.ids]
-    for variables in packed:
-        touched += [tensor for tensor in variables.captured if tensor.graph is op.graph]
-    known = {id(tensor) for tensor in writes}
-    new = [tensor for tensor in touched if id(tensor) not in known]
-    writes.update(new)
-    return bool(new)
+    origins = {id(tensor): origin for tensor, origin in _origins(op.graph)}
+    packed = [getattr(origins.get(id(tensor)), _BEHIND, None) for tensor in writes]
+    written = frozenset().union(*(behind.ids for behind in packed if behind))
+    if not written:
+        return False
 
+    def may_be_written(tensor: tf.Tensor) -> bool:
+        origin = origins.get(id(tensor))
+        if not isinstance(origin, _EagerTensor):
+            return True  # An argument: TensorFlow forgets which variable it is before it asks here.
+        behind = getattr(origin, _BEHIND, None)
+        return bool(written & behind.ids) if behind else id(origin) in written
 
-def _behind(origin: tf.Tensor) -> _Behind:
-    return getattr(origin, _BEHIND, _Behind(frozenset([id(origin)]), [], []))
+    before = len(writes)
+    writes.update(t for t in op.graph.inputs if t.dtype == tf.resource and may_be_written(t))
+    return len(writes) > before
 
 
 def _origins(graph: tf.Graph) -> List[Tuple[tf.Tensor, tf.Tensor]]:
