@@ -24,7 +24,7 @@ compiles no code that gets its variables in this way.
 
 from __future__ import annotations
 
-from typing import Dict, FrozenSet, List, NamedTuple, Sequence, Tuple
+from typing import List, Sequence
 
 import tensorflow as tf
 
@@ -35,8 +35,8 @@ from tensorflow.python.ops import control_flow_util
 
 _EagerTensor = tf.__internal__.EagerTensor
 
-# The attribute of a packed tensor that says what is behind it.
-_BEHIND = "_tf_averaging_behind"
+# The attribute of a packed tensor that keeps the handles in it, so that no others get their ids.
+_HANDLES = "_tf_averaging_handles"
 
 
 def pack(handles: Sequence[tf.Tensor]) -> List[tf.Tensor]:
@@ -54,25 +54,13 @@ def pack(handles: Sequence[tf.Tensor]) -> List[tf.Tensor]:
         return list(handles)
     with tf.init_scope():
         packed = tf.stack(handles)
-    setattr(packed, _BEHIND, _Behind(frozenset(map(id, handles)), handles))
+    setattr(packed, _HANDLES, tuple(handles))
     return [packed]
 
 
 def unpack(inputs: Sequence[tf.Tensor]) -> List[tf.Tensor]:
     """The handles, in the function that gets what `pack` returned."""
     return [handle for value in inputs for handle in (tf.unstack(value) if value.shape.rank else [value])]
-
-
-class _Behind(NamedTuple):
-    """What is behind a packed tensor.
-
-    Attributes:
-      ids: of the handles.
-      handles: kept, so that no others get these ids.
-    """
-
-    ids: FrozenSet[int]
-    handles: Sequence[tf.Tensor]
 
 
 @auto_control_deps.register_acd_resource_resolver
@@ -90,34 +78,19 @@ def _add_packed_variables(op: tf.Operation, reads: set, writes: set) -> bool:
     del reads
     if not any(tensor.shape.rank == 1 for tensor in writes):
         return False
-    origins = {id(tensor): origin for tensor, origin in _origins(op.graph)}
-    packed = [getattr(origins.get(id(tensor)), _BEHIND, None) for tensor in writes]
-    written = frozenset().union(*(behind.ids for behind in packed if behind))
+    captured = {id(internal): external for external, internal in op.graph.captures}
+    written = {
+        id(handle) for tensor in writes for handle in getattr(captured.get(id(tensor)), _HANDLES, ())
+    }
     if not written:
         return False
 
     def may_be_written(tensor: tf.Tensor) -> bool:
-        origin = origins.get(id(tensor))
+        origin = captured.get(id(tensor))
         if not isinstance(origin, _EagerTensor):
             return True  # An argument: TensorFlow forgets which variable it is before it asks here.
-        behind = getattr(origin, _BEHIND, None)
-        return bool(written & behind.ids) if behind else id(origin) in written
+        return any(id(handle) in written for handle in getattr(origin, _HANDLES, (origin,)))
 
     before = len(writes)
     writes.update(t for t in op.graph.inputs if t.dtype == tf.resource and may_be_written(t))
     return len(writes) > before
-
-
-def _origins(graph: tf.Graph) -> List[Tuple[tf.Tensor, tf.Tensor]]:
-    """The tensors by which a function's graph captures others, each with where it comes from.
-
-    A graph inside of others captures what these have captured.
-    """
-    origins = []
-    outer: Dict[int, tf.Tensor] = {}
-    for external, internal in getattr(graph, "captures", ()):
-        if not isinstance(external, _EagerTensor):
-            outer = outer or {id(tensor): origin for tensor, origin in _origins(external.graph)}
-            external = outer.get(id(external), external)
-        origins.append((internal, external))
-    return origins
