@@ -661,6 +661,26 @@ def test_conditional_or_loop_of_a_tf1_graph(how, method):
             build()
 
 
+@both_generations
+def test_wrap_function_is_refused(module):
+    """It orders nothing: the weights were trained and the averages were not, and nobody was told."""
+    variable = tf.Variable([1.0])
+    optimizer = tfav.SWA(module.SGD(1.0), 0, 1)
+    optimizer.shadow_copy([variable])
+
+    def step():
+        optimizer.apply_gradients([(tf.ones([1]), variable)])
+        return tf.constant(0)
+
+    def swap():
+        optimizer.swap_weights()
+        return tf.constant(0)
+
+    for call in (step, swap):
+        with pytest.raises(RuntimeError, match="wrap_function.*in a `tf.function`"):
+            tf.compat.v1.wrap_function(call, [])
+
+
 def test_current_generation_in_tf1_graph():
     with tf.Graph().as_default():
         variable = tf.Variable(1.0)

@@ -251,20 +251,23 @@ def orders_itself() -> bool:
     """Whether stateful operations run in program order: not so in graphs of TF 1.
 
     Raises:
-      RuntimeError: in a branch or loop body in such a graph. These are functions, but the order does not
-        hold in them either, and TensorFlow does not keep the one asked for where they call functions.
+      RuntimeError: in a branch or loop body in such a graph, and in `tf.compat.v1.wrap_function`. These
+        are functions, but the order does not hold in them either, and TensorFlow does not keep the one
+        asked for where they call functions.
     """
-    graph = tf.compat.v1.get_default_graph()
-    # A private name: nothing public says it. `tests/private_names_test.py` fails if it goes away.
-    if tf.executing_eagerly() or graph._add_control_dependencies:
+    if tf.executing_eagerly():
         return True
-    with tf.init_scope():
-        if tf.executing_eagerly():
-            return True  # AutoGraph tries loops out in a graph that never runs.
+    graph = around = tf.compat.v1.get_default_graph()
+    while around is not None:  # AutoGraph tries loops out in a graph of its own, which never runs.
+        # A private name: nothing public says it. `tests/private_names_test.py` fails if it goes away.
+        if around._add_control_dependencies:
+            return True
+        around = getattr(around, "outer_graph", None)
     if tf.inside_function():
         raise RuntimeError(
-            "In a conditional or loop of a TF 1 graph the order of weights and averages cannot be kept. "
-            f"Expected this call outside of it, in a `tf.function`, or in eager mode. Received: {graph}"
+            "In a conditional or loop of a TF 1 graph, and in `tf.compat.v1.wrap_function`, the order of "
+            "weights and averages cannot be kept. Expected this call outside of it, in a `tf.function`, "
+            f"or in eager mode. Received: {graph}"
         )
     return False
 
