@@ -174,6 +174,22 @@ def test_a_step_traced_before_in_functions_with_arguments(kind, way):
     np.testing.assert_array_equal(added, expected if kind == "averages" else weight)
 
 
+def test_other_arguments_of_the_function_do_not_wait():
+    """Replicas that read from one iterator would wait for the steps of each other, and without end."""
+    variables, optimizer = variables_and_optimizer()
+
+    @tf.function
+    def train(iterator):
+        optimizer.apply_gradients([(next(iterator) * tf.ones([8]), v) for v in variables])
+        return next(iterator)
+
+    iterator = iter(tf.data.Dataset.from_tensors(1.0).repeat())
+    operations = train.get_concrete_function(iterator).graph.get_operations()
+    reads = [operation for operation in operations if operation.type == "IteratorGetNext"]
+    assert len(reads) == VARIABLES + 1
+    assert [operation.name for operation in reads[-1].control_inputs] == [reads[-2].name]
+
+
 def test_assigning_averages_comes_before_the_step_after_it():
     """Where nothing but averaging uses the variables: packed handles alone say which these are."""
     variables, optimizer = variables_and_optimizer()

@@ -38,6 +38,9 @@ _EagerTensor = tf.__internal__.EagerTensor
 # The attribute of a packed tensor that keeps the handles in it, so that no others get their ids.
 _HANDLES = "_tf_averaging_handles"
 
+# The attribute of a graph that says what stands for the handles in each tensor that was packed there.
+_STAND_INS = "_tf_averaging_stand_ins"
+
 
 def pack(handles: Sequence[tf.Tensor]) -> List[tf.Tensor]:
     """Packs the handles of variables of one device, where that can be done.
@@ -55,6 +58,7 @@ def pack(handles: Sequence[tf.Tensor]) -> List[tf.Tensor]:
     with tf.init_scope():
         packed = tf.stack(handles)
     setattr(packed, _HANDLES, tuple(handles))
+    _note_stand_ins(packed, graph)
     return [packed]
 
 
@@ -79,18 +83,38 @@ def _add_packed_variables(op: tf.Operation, reads: set, writes: set) -> bool:
     if not any(tensor.shape.rank == 1 for tensor in writes):
         return False
     captured = {id(internal): external for external, internal in op.graph.captures}
-    written = {
-        id(handle) for tensor in writes for handle in getattr(captured.get(id(tensor)), _HANDLES, ())
-    }
-    if not written:
-        return False
-
-    def may_be_written(tensor: tf.Tensor) -> bool:
-        origin = captured.get(id(tensor))
-        if not isinstance(origin, _EagerTensor):
-            return True  # An argument: TensorFlow forgets which variable it is before it asks here.
-        return any(id(handle) in written for handle in getattr(origin, _HANDLES, (origin,)))
-
+    origins = [captured.get(id(tensor)) for tensor in writes]
     before = len(writes)
-    writes.update(t for t in op.graph.inputs if t.dtype == tf.resource and may_be_written(t))
+    for packed in origins:
+        if hasattr(packed, _HANDLES):
+            writes.update(_stand_ins(packed, op.graph))
     return len(writes) > before
+
+
+def _note_stand_ins(packed: tf.Tensor, graph: tf.Graph) -> None:
+    """Notes what stands for the handles in a graph and those around it.
+
+    TensorFlow forgets which variable an argument of a function was before it asks what operations touch.
+    """
+    ids = set(map(id, getattr(packed, _HANDLES)))
+    while hasattr(graph, "captures"):
+        noted = [internal for external, internal in graph.captures if id(external) in ids]
+        setattr(graph, _STAND_INS, {**getattr(graph, _STAND_INS, {}), id(packed): noted})
+        graph = graph.outer_graph
+
+
+def _stand_ins(packed: tf.Tensor, graph: tf.Graph) -> List[tf.Tensor]:
+    """What stands, or may stand, for the handles in a packed tensor that a graph has captured."""
+    ids = set(map(id, getattr(packed, _HANDLES)))
+    captured = [(origin, tensor) for origin, tensor in graph.captures if isinstance(origin, _EagerTensor)]
+    same = [
+        tensor
+        for origin, tensor in captured
+        if not ids.isdisjoint(map(id, getattr(origin, _HANDLES, (origin,))))
+    ]
+    noted = getattr(graph, _STAND_INS, {}).get(id(packed))
+    if noted is not None:
+        return same + noted
+    # It was packed in a function that this one calls: each argument may be one of its variables.
+    known = {id(tensor) for _, tensor in captured}
+    return same + [t for t in graph.inputs if t.dtype == tf.resource and id(t) not in known]
