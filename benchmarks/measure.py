@@ -57,7 +57,7 @@ def measure_workload(name: str) -> Dict[str, object]:
     limit_ms = timing.spread(times.pop("limit") * workload.moved_bytes / limit.bytes_moved)
     added = steps_and_added(times, contenders.bare_of)
     # What SWA adds between snapshots is next to nothing: it takes many more rounds to see it.
-    taken = int(made[names.SWA].optimizer.iterations)
+    taken = len(times[names.SWA]) + 1
     pair = {contender: steps[contender] for contender in (names.BARE, names.SWA)}
     times = timing.in_turns(pair, FLAGS.seconds, least=12 if FLAGS.quick else 30, most=2000)
     added[names.SWA] = steps_and_added(times, contenders.bare_of, taken)[names.SWA]
