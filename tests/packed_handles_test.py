@@ -263,6 +263,25 @@ def test_handles_of_graphs_are_not_packed():
         assert all(a is b for a, b in zip(packed_handles.pack(handles), handles))
 
 
+def test_other_stacks_of_handles_in_graphs_that_are_no_functions():
+    """TensorFlow may order these too, and asks about each operation that it does not know."""
+
+    @tf.function(input_signature=[tf.TensorSpec([2], tf.resource)])
+    def add_one(stacked):
+        for handle in tf.unstack(stacked):
+            tf.raw_ops.AssignAddVariableOp(resource=handle, value=1.0)
+
+    add = add_one.get_concrete_function()
+    with tf.Graph().as_default(), tf.compat.v1.Session() as session:
+        variables = [tf.Variable(0.0), tf.Variable(1.0)]
+        session.run(tf.compat.v1.global_variables_initializer())
+        with packed_handles.auto_control_deps.AutomaticControlDependencies() as dependencies:
+            add(tf.stack([v.handle for v in variables]))
+            done = dependencies.mark_as_return(tf.constant(0))
+        session.run(done)
+        assert session.run(variables) == [1.0, 2.0]
+
+
 def test_packed_and_unpacked():
     variables = [tf.Variable(float(i)) for i in range(3)]
     handles = [v.handle for v in variables]

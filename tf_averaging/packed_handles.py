@@ -82,7 +82,9 @@ def _add_packed_variables(op: tf.Operation, reads: set, writes: set) -> bool:
     del reads
     if not any(tensor.shape.rank == 1 for tensor in writes):
         return False
-    captured = {id(internal): external for external, internal in op.graph.captures}
+    # Also asked about graphs that are no functions, where somebody else orders operations in this way.
+    captures = getattr(op.graph, "captures", ())
+    captured = {id(internal): external for external, internal in captures}
     origins = [captured.get(id(tensor)) for tensor in writes]
     before = len(writes)
     for packed in origins:
