@@ -51,15 +51,14 @@ def measure_workload(name: str) -> Dict[str, object]:
     made = {contender: make() for contender, make in makers.items()}
     limit = timing.MemoryLimit(8 if FLAGS.quick else 256)
     steps = {contender: one.step for contender, one in made.items()}
-    times = timing.in_turns(
-        {**steps, "limit": limit}, FLAGS.seconds, least=12 if FLAGS.quick else 30, most=400
-    )
+    least = 12 if FLAGS.quick else 30
+    times = timing.in_turns({**steps, "limit": limit}, FLAGS.seconds, least, most=400)
     limit_ms = timing.spread(times.pop("limit") * workload.moved_bytes / limit.bytes_moved)
     added = steps_and_added(times, contenders.bare_of)
     # What SWA adds between snapshots is next to nothing: it takes many more rounds to see it.
     taken = len(times[names.SWA]) + 1
     pair = {contender: steps[contender] for contender in (names.BARE, names.SWA)}
-    times = timing.in_turns(pair, FLAGS.seconds, least=12 if FLAGS.quick else 30, most=2000)
+    times = timing.in_turns(pair, FLAGS.seconds, least, most=2000)
     added[names.SWA] = steps_and_added(times, contenders.bare_of, taken)[names.SWA]
     return {
         "elements": workload.elements,
