@@ -14,13 +14,18 @@
 """Results as Markdown tables."""
 
 import statistics
-from typing import Callable, Dict, List, Optional
+from typing import Callable, Dict, List, Optional, Tuple
 
 from benchmarks import names
 
 
-def markdown(results: Dict) -> str:
-    """All tables."""
+def markdown(runs: Dict[str, List]) -> str:
+    """All tables.
+
+    Args:
+      runs: for each workload its figures, once for each process that has measured it.
+    """
+    results = median_of_each(runs)
     parts = []
     for name, figures in results.items():
         if name == "long_run":
@@ -28,15 +33,38 @@ def markdown(results: Dict) -> str:
         elif name == "scaling":
             parts += [scaling(what, points) for what, points in figures.items()]
         elif name != "import_seconds":
-            parts.append(workload(name, figures))
-    parts.append(targets(results))
-    milliseconds = 1e3 * statistics.median(results["import_seconds"])
+            parts.append(workload(name, figures, len(runs[name])))
+    parts.append(targets(runs))
+    milliseconds = 1e3 * results["import_seconds"]
     parts.append(f"`import tf_averaging` after `import tf_keras`: {milliseconds:.0f} ms.\n")
     return "\n".join(parts)
 
 
-def targets(results: Dict) -> str:
-    """What the project has set itself, and what this run shows of it."""
+def median_of(figures: List):
+    """The medians of numbers, or of all the numbers in dictionaries that are built alike."""
+    if isinstance(figures[0], dict):
+        return {key: median_of([one[key] for one in figures]) for key in figures[0]}
+    return statistics.median(figures)
+
+
+def median_of_each(runs: Dict[str, List]) -> Dict:
+    return {name: median_of(figures) for name, figures in runs.items()}
+
+
+def targets(runs: Dict[str, List]) -> str:
+    """What the project has set itself, and what is measured: by the medians, and by each process."""
+    rows = []
+    single = [ratios({name: [one]}) for name, figures in runs.items() for one in figures]
+    for text, (measured, bound) in ratios(runs).items():
+        values = [f"{found[text][0]:.3f}" for found in single if text in found]
+        each = ", ".join(sorted(values, key=float)) if len(values) > 1 else ""
+        rows.append([text, f"{measured:.3f}", each, f"{bound}"])
+    return "### Targets\n\n" + table(["ratio", "measured", "each process", "at most"], rows)
+
+
+def ratios(runs: Dict[str, List]) -> Dict[str, Tuple[float, float]]:
+    """What can be told from these runs: by name, the ratio of the medians and its upper bound."""
+    results = median_of_each(runs)
 
     def added(name: str, contender: str = names.EMA) -> float:
         return results[name]["steps"][contender]["added"]["median_ms"]
@@ -45,11 +73,11 @@ def targets(results: Dict) -> str:
         figures = results[name][what]
         return figures[names.EMA]["median_ms"] / figures[other]["median_ms"]
 
-    rows = []
+    found = {}
 
     def add(text: str, name: str, bound: float, measured: Callable[[], float]) -> None:
         if name in results:
-            rows.append([f"{text}: {name}", f"{measured():.3f}", f"{bound}"])
+            found[f"{text}: {name}"] = measured(), bound
 
     for name, bound in (("resnet50", 0.5), ("matrices", 0.5), ("small", 1.0)):
         add("EMA / best peer", name, bound, lambda n=name: added(n) / best_peer(results[n]))
@@ -80,7 +108,7 @@ def targets(results: Dict) -> str:
                     results[n]["extra_memory"][names.EMA][w] / results[n]["averaged_bytes"]
                 ),
             )
-    return "### Targets\n\n" + table(["ratio", "measured", "at most"], rows)
+    return found
 
 
 def table(head: List[str], rows: List[List[str]]) -> str:
@@ -95,8 +123,8 @@ def best_peer(figures: Dict) -> float:
     )
 
 
-def workload(name: str, figures: Dict) -> str:
-    """The table of one workload."""
+def workload(name: str, figures: Dict, processes: int) -> str:
+    """The table of one workload, medians over so many processes."""
     limit = figures.get("limit", {}).get("median_ms")
     peer = best_peer(figures)
     rows = []
@@ -121,7 +149,8 @@ def workload(name: str, figures: Dict) -> str:
     if "elements" in figures:
         megabytes = figures["averaged_bytes"] / 1e6
         title += f"{figures['variables']} variables, {figures['elements']:,} elements, "
-        title += f"{megabytes:.1f} MB of averages. Memory limit {limit:.2f} ms.\n\n"
+        title += f"{megabytes:.1f} MB of averages. Memory limit {limit:.2f} ms."
+        title += f" Medians of {processes} processes.\n\n" if processes > 1 else "\n\n"
     return title + table(head, rows)
 
 
