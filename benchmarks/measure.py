@@ -36,6 +36,8 @@ FLAGS = flags.FLAGS
 flags.DEFINE_bool("quick", False, "Whether to use small variables and few rounds.")
 flags.DEFINE_float("seconds", 40.0, "How long to time the steps of a workload.")
 
+INSTANCES = 4
+
 
 def measure_workload(name: str) -> Dict[str, object]:
     """All figures of one workload."""
@@ -55,11 +57,7 @@ def measure_workload(name: str) -> Dict[str, object]:
     times = timing.in_turns({**steps, "limit": limit}, FLAGS.seconds, least, most=400)
     limit_ms = timing.spread(times.pop("limit") * workload.moved_bytes / limit.bytes_moved)
     added = steps_and_added(times, contenders.bare_of)
-    # What SWA adds between snapshots is next to nothing: it takes many more rounds to see it.
-    taken = len(times[names.SWA]) + 1
-    pair = {contender: steps[contender] for contender in (names.BARE, names.SWA)}
-    times = timing.in_turns(pair, FLAGS.seconds, least, most=2000)
-    added[names.SWA] = steps_and_added(times, contenders.bare_of, taken)[names.SWA]
+    added[names.SWA] = swa_beside_bare(makers)
     return {
         "elements": workload.elements,
         "variables": len(workload.shapes),
@@ -73,15 +71,25 @@ def measure_workload(name: str) -> Dict[str, object]:
     }
 
 
-def steps_and_added(
-    times: Dict[str, np.ndarray], bare_of: Callable[[str], str], taken: int = 0
-) -> Dict[str, object]:
+def swa_beside_bare(makers: Dict[str, Callable]) -> Dict[str, object]:
+    """What SWA adds, which between snapshots is less than two optimizers made alike differ by.
+
+    So there are several of both, in many rounds without the others.
+    """
+    both = (names.BARE, names.SWA)
+    made = [{name: makers[name]() for name in both} for _ in range(1 if FLAGS.quick else INSTANCES)]
+    calls = {f"{name} {i}": ones[name].step for i, ones in enumerate(made) for name in both}
+    times = timing.in_turns(calls, FLAGS.seconds, least=12 if FLAGS.quick else 30, most=2000)
+    stacked = {name: np.stack([times[f"{name} {i}"] for i in range(len(made))]) for name in both}
+    return steps_and_added(stacked, contenders.bare_of)[names.SWA]
+
+
+def steps_and_added(times: Dict[str, np.ndarray], bare_of: Callable[[str], str]) -> Dict[str, object]:
     """Time of a step, and what the contender adds to the step of its bare optimizer beside it.
 
     Args:
-      times: from `timing.in_turns`.
+      times: from `timing.in_turns`; or several of each name, with the rounds as the last axis.
       bare_of: the name of the bare optimizer to compare with.
-      taken: how many steps SWA had taken before.
     """
     result = {}
     for name, seconds in times.items():
@@ -89,9 +97,9 @@ def steps_and_added(
         result[name] = {"step": timing.spread(seconds)}
         if name == names.SWA:
             # `in_turns` takes one step more, to warm up. Snapshots are taken on steps 0, 10, …
-            on_snapshot = (taken + 1 + np.arange(len(seconds))) % contenders.PERIOD == 0
-            result[name]["added"] = timing.spread(added[~on_snapshot])
-            result[name]["added_on_snapshot"] = timing.spread(added[on_snapshot])
+            on_snapshot = (1 + np.arange(seconds.shape[-1])) % contenders.PERIOD == 0
+            result[name]["added"] = timing.spread(added[..., ~on_snapshot])
+            result[name]["added_on_snapshot"] = timing.spread(added[..., on_snapshot])
         elif name not in names.BARES:
             result[name]["added"] = timing.spread(added)
     return result
