@@ -25,17 +25,16 @@ def markdown(runs: Dict[str, List]) -> str:
     Args:
       runs: for each workload its figures, once for each process that has measured it.
     """
-    results = median_of_each(runs)
     parts = []
-    for name, figures in results.items():
+    for name, figures in runs.items():
         if name == "long_run":
-            parts.append(long_run(figures))
+            parts.append(long_run(median_of(figures)))
         elif name == "scaling":
-            parts += [scaling(what, points) for what, points in figures.items()]
+            parts += [scaling(what, points) for what, points in median_of(figures).items()]
         elif name != "import_seconds":
-            parts.append(workload(name, figures, len(runs[name])))
+            parts.append(workload(name, median_of(list(map(with_ratios, figures))), len(figures)))
     parts.append(targets(runs))
-    milliseconds = 1e3 * results["import_seconds"]
+    milliseconds = 1e3 * median_of(runs["import_seconds"])
     parts.append(f"`import tf_averaging` after `import tf_keras`: {milliseconds:.0f} ms.\n")
     return "\n".join(parts)
 
@@ -47,67 +46,65 @@ def median_of(figures: List):
     return statistics.median(figures)
 
 
-def median_of_each(runs: Dict[str, List]) -> Dict:
-    return {name: median_of(figures) for name, figures in runs.items()}
-
-
 def targets(runs: Dict[str, List]) -> str:
-    """What the project has set itself, and what is measured: by the medians, and by each process."""
+    """What the project has set itself, and what is measured: the median of what each process shows."""
+    measured: Dict[str, List[float]] = {}
+    bounds = {}
+    for name, figures in runs.items():
+        for one in figures:
+            for text, (value, bound) in ratios(name, one).items():
+                measured.setdefault(text, []).append(value)
+                bounds[text] = bound
     rows = []
-    single = [ratios({name: [one]}) for name, figures in runs.items() for one in figures]
-    for text, (measured, bound) in ratios(runs).items():
-        values = [f"{found[text][0]:.3f}" for found in single if text in found]
-        each = ", ".join(sorted(values, key=float)) if len(values) > 1 else ""
-        rows.append([text, f"{measured:.3f}", each, f"{bound}"])
+    for text, values in measured.items():
+        each = ", ".join(f"{value:.3f}" for value in sorted(values)) if len(values) > 1 else ""
+        rows.append([text, f"{statistics.median(values):.3f}", each, f"{bounds[text]}"])
     return "### Targets\n\n" + table(["ratio", "measured", "each process", "at most"], rows)
 
 
-def ratios(runs: Dict[str, List]) -> Dict[str, Tuple[float, float]]:
-    """What can be told from these runs: by name, the ratio of the medians and its upper bound."""
-    results = median_of_each(runs)
+def ratios(name: str, figures: Dict) -> Dict[str, Tuple[float, float]]:
+    """By name, each ratio that one process shows of a workload, and its upper bound."""
 
-    def added(name: str, contender: str = names.EMA) -> float:
-        return results[name]["steps"][contender]["added"]["median_ms"]
+    def added(contender: str = names.EMA) -> float:
+        return figures["steps"][contender]["added"]["median_ms"]
 
-    def ratio(name: str, what: str, other: str) -> float:
-        figures = results[name][what]
-        return figures[names.EMA]["median_ms"] / figures[other]["median_ms"]
+    def ratio(what: str, other: str) -> float:
+        return figures[what][names.EMA]["median_ms"] / figures[what][other]["median_ms"]
 
     found = {}
 
-    def add(text: str, name: str, bound: float, measured: Callable[[], float]) -> None:
-        if name in results:
-            found[f"{text}: {name}"] = measured(), bound
+    def add(text: str, bounds: Dict[str, float], measured: Callable[[], float]) -> None:
+        if name in bounds:
+            found[f"{text}: {name}"] = measured(), bounds[name]
 
-    for name, bound in (("resnet50", 0.5), ("matrices", 0.5), ("small", 1.0)):
-        add("EMA / best peer", name, bound, lambda n=name: added(n) / best_peer(results[n]))
     add(
-        "EMA / memory limit",
-        "matrices",
-        1.2,
-        lambda: added("matrices") / results["matrices"]["limit"]["median_ms"],
+        "EMA / best peer",
+        {"resnet50": 0.5, "matrices": 0.5, "small": 1.0},
+        lambda: added() / best_peer(figures),
     )
-    add("swap / Keras 3's", "matrices", 0.02, lambda: ratio("matrices", "swap", names.KERAS_3))
-    for name, bound in (("resnet50", 0.1), ("matrices", 0.02), ("small", 0.5)):
-        add("SWA between snapshots / EMA", name, bound, lambda n=name: added(n, names.SWA) / added(n))
+    add("EMA / memory limit", {"matrices": 1.2}, lambda: added() / figures["limit"]["median_ms"])
+    add("swap / Keras 3's", {"matrices": 0.02}, lambda: ratio("swap", names.KERAS_3))
+    add(
+        "SWA between snapshots / EMA",
+        {"resnet50": 0.1, "matrices": 0.02, "small": 0.5},
+        lambda: added(names.SWA) / added(),
+    )
     add(
         "SWA between snapshots / whole step",
-        "fit",
-        0.02,
-        lambda: added("fit", names.SWA) / results["fit"]["steps"][names.BARE]["step"]["median_ms"],
+        {"fit": 0.02},
+        lambda: added(names.SWA) / figures["steps"][names.BARE]["step"]["median_ms"],
     )
-    for name in ("resnet50", "small"):
-        add("first step / use_ema's", name, 1.5, lambda n=name: ratio(n, "first_step", names.USE_EMA))
-    for name in ("resnet50", "matrices", "small", "transformer"):
-        for what in ("update", "swap"):
-            add(
-                f"extra memory of EMA's {what} / averages",
-                name,
-                0.05,
-                lambda n=name, w=what: (
-                    results[n]["extra_memory"][names.EMA][w] / results[n]["averaged_bytes"]
-                ),
-            )
+    add(
+        "first step / use_ema's",
+        {"resnet50": 1.5, "small": 1.5},
+        lambda: ratio("first_step", names.USE_EMA),
+    )
+    for what in ("update", "swap"):
+        add(
+            f"extra memory of EMA's {what} / averages",
+            dict.fromkeys(("resnet50", "matrices", "small", "transformer"), 0.05),
+            lambda what=what: figures["extra_memory"][names.EMA][what] / figures["averaged_bytes"],
+        )
     return found
 
 
@@ -123,17 +120,31 @@ def best_peer(figures: Dict) -> float:
     )
 
 
+def with_ratios(figures: Dict) -> Dict:
+    """The figures of one process, with what each contender adds beside the best peer and the limit."""
+    peer = best_peer(figures)
+    limit = figures.get("limit", {}).get("median_ms")
+    steps = {}
+    for contender, step in figures["steps"].items():
+        steps[contender] = {"step": step["step"]}
+        for what in ("added", "added_on_snapshot"):
+            if what in step:
+                added = step[what]["median_ms"]
+                steps[contender][what] = {**step[what], "of_peer": added / peer}
+                if limit is not None:
+                    steps[contender][what]["of_limit"] = added / limit
+    return {**figures, "steps": steps}
+
+
 def workload(name: str, figures: Dict, processes: int) -> str:
     """The table of one workload, medians over so many processes."""
-    limit = figures.get("limit", {}).get("median_ms")
-    peer = best_peer(figures)
     rows = []
     for contender, step in figures["steps"].items():
         if contender == names.SWA:
-            rows.append(row("SWA, between snapshots", contender, step["added"], figures, peer, limit))
-            rows.append(row("SWA, on a snapshot", None, step["added_on_snapshot"], figures, peer, limit))
+            rows.append(row("SWA, between snapshots", contender, step["added"], figures))
+            rows.append(row("SWA, on a snapshot", None, step["added_on_snapshot"], figures))
         else:
-            rows.append(row(contender, contender, step.get("added"), figures, peer, limit))
+            rows.append(row(contender, contender, step.get("added"), figures))
     head = [
         "",
         "step, ms",
@@ -149,19 +160,13 @@ def workload(name: str, figures: Dict, processes: int) -> str:
     if "elements" in figures:
         megabytes = figures["averaged_bytes"] / 1e6
         title += f"{figures['variables']} variables, {figures['elements']:,} elements, "
-        title += f"{megabytes:.1f} MB of averages. Memory limit {limit:.2f} ms."
+        title += f"{megabytes:.1f} MB of averages. "
+        title += f"Memory limit {figures['limit']['median_ms']:.2f} ms."
         title += f" Medians of {processes} processes.\n\n" if processes > 1 else "\n\n"
     return title + table(head, rows)
 
 
-def row(
-    label: str,
-    contender: Optional[str],
-    added: Optional[Dict],
-    figures: Dict,
-    peer: float,
-    limit: Optional[float],
-) -> List[str]:
+def row(label: str, contender: Optional[str], added: Optional[Dict], figures: Dict) -> List[str]:
     """One contender's row; `contender` is None in a second row of the same one."""
 
     def median(what: str, digits: int = 2, unit: float = 1.0) -> str:
@@ -174,8 +179,8 @@ def row(
         cells += ["", "", ""]
     else:
         cells.append(f"{added['median_ms']:.2f} ({added['low_ms']:.2f}–{added['high_ms']:.2f})")
-        cells.append(f"{added['median_ms'] / peer:.2f}")
-        cells.append("" if limit is None else f"{added['median_ms'] / limit:.2f}")
+        cells.append(f"{added['of_peer']:.2f}")
+        cells.append(f"{added['of_limit']:.2f}" if "of_limit" in added else "")
     cells += [median("swap", 3), median("assign", 3), median("first_step", 2, 1e-3)]
     taken = figures.get("extra_memory", {}).get(contender, {})
     total = figures.get("averaged_bytes", 1)
