@@ -43,6 +43,8 @@ def median_of(figures: List):
     """The medians of numbers, or of all the numbers in dictionaries that are built alike."""
     if isinstance(figures[0], dict):
         return {key: median_of([one[key] for one in figures]) for key in figures[0]}
+    if all(one == figures[0] for one in figures):
+        return figures[0]  # A count stays an int.
     return statistics.median(figures)
 
 

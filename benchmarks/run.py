@@ -41,8 +41,8 @@ flags.DEFINE_list(
     "What to measure.",
 )
 
-# In how many processes a workload is measured, if not in one. Where a variable comes to lie in memory
-# differs from one process to the next, and with it some of the ratios that the project wants to know.
+# In how many processes a workload is measured, if not in one: those whose ratios differ most from one
+# process to the next, with where variables lie in memory and with how fast the machine is meanwhile.
 PROCESSES = {"resnet50": 5, "matrices": 5}
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent

@@ -57,7 +57,7 @@ def in_turns(
 def spread(seconds: np.ndarray) -> Dict[str, float]:
     """Median and quartiles, in milliseconds."""
     low, middle, high = np.percentile(1e3 * np.asarray(seconds), [25, 50, 75])
-    return {"median_ms": middle, "low_ms": low, "high_ms": high, "rounds": np.size(seconds)}
+    return {"median_ms": middle, "low_ms": low, "high_ms": high, "samples": np.size(seconds)}
 
 
 class MemoryLimit:

@@ -589,7 +589,7 @@ def worker_dies(strategy, arguments):
     class Gated(Counting):
         def average_op(self, var, average_var):
             if not var.shape.rank:
-                return average_var + 1.0  # One at a time: a server has few threads that could wait.
+                return average_var + 1.0  # One is enough: each that waits takes a thread of the server.
             with tf.control_dependencies([tf.print("[updating]")]):
                 # What was found is part of the question, so that TensorFlow does not ask only once.
                 found = tf.while_loop(
