@@ -36,6 +36,7 @@ FLAGS = flags.FLAGS
 flags.DEFINE_bool("quick", False, "Whether to use small variables and few rounds.")
 flags.DEFINE_float("seconds", 40.0, "How long to time the steps of a workload.")
 
+# How many of SWA and of the bare optimizer beside it are compared.
 INSTANCES = 4
 
 
@@ -57,7 +58,7 @@ def measure_workload(name: str) -> Dict[str, object]:
     times = timing.in_turns({**steps, "limit": limit}, FLAGS.seconds, least, most=400)
     limit_ms = timing.spread(times.pop("limit") * workload.moved_bytes / limit.bytes_moved)
     added = steps_and_added(times, contenders.bare_of)
-    added[names.SWA] = swa_beside_bare(makers)
+    added[names.SWA] = swa_beside_bare(makers, least)
     gc.collect()  # The instances that were compared refer to themselves.
     return {
         "elements": workload.elements,
@@ -72,15 +73,15 @@ def measure_workload(name: str) -> Dict[str, object]:
     }
 
 
-def swa_beside_bare(makers: Dict[str, Callable]) -> Dict[str, object]:
+def swa_beside_bare(makers: Dict[str, Callable], least: int) -> Dict[str, object]:
     """What SWA adds, which between snapshots is less than two optimizers made alike differ by.
 
-    So there are several of both, in many rounds without the others.
+    So there are several of both, in many rounds without the others; in `least` rounds at the least.
     """
     both = (names.BARE, names.SWA)
     made = [{name: makers[name]() for name in both} for _ in range(1 if FLAGS.quick else INSTANCES)]
     calls = {f"{name} {i}": ones[name].step for i, ones in enumerate(made) for name in both}
-    times = timing.in_turns(calls, FLAGS.seconds, least=12 if FLAGS.quick else 30, most=2000)
+    times = timing.in_turns(calls, FLAGS.seconds, least, most=2000)
     stacked = {name: np.stack([times[f"{name} {i}"] for i in range(len(made))]) for name in both}
     return steps_and_added(stacked, contenders.bare_of)[names.SWA]
 
