@@ -100,7 +100,8 @@ def test_source_distribution_can_be_tested(distributions):
     with tarfile.open(source) as archive:
         names = {name.split("/", 1)[-1] for name in archive.getnames()}
     assert {"conftest.py", "tests/packaging_test.py", "docs/migration.md", "tools/build_docs.py"} <= names
-    assert "tests/testdata/tfm_ema_adam/ckpt.index" in names
+    testdata = {str(path.relative_to(ROOT)) for path in (ROOT / "tests" / "testdata").rglob("*.*")}
+    assert {name for name in testdata if not name.endswith(".pyc")} <= names
 
 
 def test_wheel_alone_runs_the_lines_of_the_readme(distributions, tmp_path):
