@@ -23,23 +23,24 @@ import sys
 import numpy as np
 import pytest
 import tensorflow as tf
-import tf_keras
 
 import tf_averaging as tfav
+from tests import numpy_averages
+from tests import testing_utils
+from tests.testing_utils import CURRENT
+from tests.testing_utils import KERAS
+from tests.testing_utils import averages_of
+from tests.testing_utils import bits
+from tests.testing_utils import descend
 
 SPECIAL = [np.nan, np.inf, -np.inf, -0.0, 0.0, 1.0, -1.5, 6e-8, 1e-40, 5e-324, 65504.0, 3e38]
 DTYPES = ["float16", "bfloat16", "float32", "float64", "complex64"]
 
 
-def bits(variable):
-    """The value as bytes, so that NaN equals NaN and -0.0 differs from 0.0; of all replicas."""
-    return [value.numpy().tobytes() for value in getattr(variable, "values", [variable])]
-
-
-def set_bits(variable, value):
-    """Sets a variable without arithmetic, on all replicas."""
-    for component in getattr(variable, "values", [variable]):
-        component.assign(value)
+def set_bits(variable, value, each=False):
+    """Sets a variable without arithmetic, on all replicas or on each to an element of its own."""
+    for index, component in enumerate(getattr(variable, "values", [variable])):
+        component.assign(value[index] if each else value)
 
 
 def special_values(dtype, seed):
@@ -57,25 +58,8 @@ def special_values(dtype, seed):
     return values
 
 
-def in_function(function):
-    """`function` as a graph."""
-
-    @tf.function
-    def call():
-        function()
-
-    return call
-
-
-def count_one_update(optimizer):
-    """As if an update had been folded in: from then on the averages are not the weights."""
-    optimizer.set_weights(
-        [np.int64(1) if "num_averaged" in v.name else v.numpy() for v in optimizer.variables]
-    )
-
-
 def averaging_optimizer(average_dtype=None):
-    return tfav.ExponentialMovingAverage(tf_keras.optimizers.SGD(0.1), average_dtype=average_dtype)
+    return tfav.ExponentialMovingAverage(CURRENT.SGD(0.1), average_dtype=average_dtype)
 
 
 @pytest.mark.parametrize("in_graph", [False, True])
@@ -89,18 +73,18 @@ def test_swapping_twice_is_the_identity_bit_for_bit(strategy, dtype, average_dty
         variable = tf.Variable(special_values(dtype, 1))
         optimizer = averaging_optimizer(average_dtype)
     optimizer.shadow_copy([variable])
-    count_one_update(optimizer)
+    testing_utils.count_as(optimizer, 1)  # From then on the averages are not the weights.
     average = optimizer.get_slot(variable, "average")
     set_bits(average, special_values(average.dtype, 2))
-    before = bits(variable), bits(average)
-    shown = tf.cast(average.numpy(), variable.dtype).numpy().tobytes()
-    swap = in_function(optimizer.swap_weights) if in_graph else optimizer.swap_weights
+    before = bits([variable, average])
+    shown = np.broadcast_to(tf.cast(average.numpy(), variable.dtype), testing_utils.read(variable).shape)
+    swap = tf.function(optimizer.swap_weights) if in_graph else optimizer.swap_weights
 
     swap()
-    assert bits(variable) == [shown] * len(before[0])
+    assert bits([variable]) == bits([shown])
     assert optimizer.weights_swapped
     swap()
-    assert (bits(variable), bits(average)) == before
+    assert bits([variable, average]) == before
     assert not optimizer.weights_swapped
 
 
@@ -110,15 +94,13 @@ def test_change_made_while_swapped_goes_to_the_average(dtype):
     variable = tf.Variable(tf.constant([1.0, 2.0, 3.0], dtype))
     optimizer = averaging_optimizer()
     optimizer.shadow_copy([variable])
-    for _ in range(3):
-        optimizer.apply_gradients([(tf.constant([1.0, 1.0, 1.0], dtype), variable)])
-    weights, average = variable.numpy(), optimizer.get_slot(variable, "average").numpy()
+    descend(optimizer, [variable], steps=3)
+    weights, (average,) = variable.numpy(), averages_of(optimizer, [variable])
     with optimizer.swapped_weights():
         variable.assign(tf.concat([variable[:2], tf.constant([7.0], dtype)], 0))
     np.testing.assert_array_equal(variable.numpy(), weights)
-    np.testing.assert_array_equal(
-        optimizer.get_slot(variable, "average").numpy(), np.append(average[:2], np.float32(7.0))
-    )
+    expected = np.append(average[:2], np.float32(7.0))
+    np.testing.assert_array_equal(averages_of(optimizer, [variable]), [expected])
 
 
 def test_change_made_while_swapped_goes_to_the_average_of_same_dtype():
@@ -133,65 +115,53 @@ def test_change_made_while_swapped_goes_to_the_average_of_same_dtype():
 def trained(strategy, dtype="float32"):
     with strategy.scope():
         variables = [tf.Variable(tf.constant([1.0, 2.0], dtype)), tf.Variable(tf.constant(3.0, dtype))]
-        optimizer = tfav.SWA(tf_keras.optimizers.SGD(0.5), 0, 1)
+        optimizer = tfav.SWA(CURRENT.SGD(0.5), 0, 1)
 
-    def on_replica():
-        optimizer.apply_gradients([(tf.ones_like(v), v) for v in variables])
-
-    step = in_function(lambda: strategy.run(on_replica))
+    step = tf.function(lambda: strategy.run(lambda: descend(optimizer, variables)))
     step()
     step()
     return optimizer, variables
 
 
-@pytest.mark.parametrize("where", ["outside", "in scope", "in function", "on replicas"])
+def slots_of(optimizer, variables):
+    return [optimizer.get_slot(variable, "average") for variable in variables]
+
+
+def in_scope(strategy, call):
+    with strategy.scope():
+        call()
+
+
+CONTEXTS = {
+    "outside": lambda strategy, call: call(),
+    "in scope": in_scope,
+    "in function": lambda strategy, call: tf.function(lambda: call())(),
+    "on replicas": lambda strategy, call: tf.function(lambda: strategy.run(call))(),
+}
+everywhere = pytest.mark.parametrize("where", CONTEXTS)
+
+
+@everywhere
 def test_swap_works_everywhere(strategy, where):
     optimizer, variables = trained(strategy)
-    weights = [bits(v) for v in variables]
-    averages = [bits(optimizer.get_slot(v, "average")) for v in variables]
-
-    def swap():
-        if where == "outside":
-            optimizer.swap_weights()
-        elif where == "in scope":
-            with strategy.scope():
-                optimizer.swap_weights()
-        elif where == "in function":
-            in_function(optimizer.swap_weights)()
-        else:
-            in_function(lambda: strategy.run(optimizer.swap_weights))()
-
-    swap()
-    assert [bits(v) for v in variables] == averages
-    assert [bits(optimizer.get_slot(v, "average")) for v in variables] == weights
-    swap()
-    assert [bits(v) for v in variables] == weights
-    assert [bits(optimizer.get_slot(v, "average")) for v in variables] == averages
+    slots = slots_of(optimizer, variables)
+    before = bits(variables), bits(slots)
+    CONTEXTS[where](strategy, optimizer.swap_weights)
+    assert (bits(slots), bits(variables)) == before
+    CONTEXTS[where](strategy, optimizer.swap_weights)
+    assert (bits(variables), bits(slots)) == before
 
 
-@pytest.mark.parametrize("where", ["outside", "in scope", "in function", "on replicas"])
+@everywhere
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_assign_works_everywhere(strategy, where, dtype):
     optimizer, variables = trained(strategy, dtype)
-    averages = [optimizer.get_slot(v, "average").numpy() for v in variables]
+    slots = slots_of(optimizer, variables)
+    before = bits(slots)
     no_average = tf.Variable(5.0)
-
-    def assign():
-        optimizer.assign_average_vars([*variables, no_average])
-
-    if where == "outside":
-        assign()
-    elif where == "in scope":
-        with strategy.scope():
-            assign()
-    elif where == "in function":
-        in_function(assign)()
-    else:
-        in_function(lambda: strategy.run(assign))()
-    for variable, average in zip(variables, averages):
-        expected = average.astype(variable.dtype.as_numpy_dtype).tobytes()
-        assert bits(variable) == [expected] * len(bits(variable))
-        np.testing.assert_array_equal(optimizer.get_slot(variable, "average").numpy(), average)
+    CONTEXTS[where](strategy, lambda: optimizer.assign_average_vars([*variables, no_average]))
+    assert bits(variables) == bits(testing_utils.read(slot).astype(dtype) for slot in slots)
+    assert bits(slots) == before
     assert no_average.numpy() == 5.0
 
 
@@ -199,14 +169,10 @@ def test_training_goes_on_after_assign(strategy):
     """Variables and averages share buffers after the assignment; a step must not write to both."""
     optimizer, variables = trained(strategy)
     optimizer.assign_average_vars(variables)
-    averages = [optimizer.get_slot(v, "average").numpy() for v in variables]
-
-    def on_replica():
-        optimizer.inner_optimizer.apply_gradients([(tf.ones_like(v), v) for v in variables])
-
-    in_function(lambda: strategy.run(on_replica))()
-    for variable, average in zip(variables, averages):
-        np.testing.assert_array_equal(optimizer.get_slot(variable, "average").numpy(), average)
+    before = averages_of(optimizer, variables)
+    tf.function(lambda: strategy.run(lambda: descend(optimizer.inner_optimizer, variables)))()
+    testing_utils.assert_same_bits(averages_of(optimizer, variables), before)
+    for variable, average in zip(variables, before):
         expected = average - 0.5 * strategy.num_replicas_in_sync
         np.testing.assert_array_equal(variable.numpy(), expected)
 
@@ -214,7 +180,7 @@ def test_training_goes_on_after_assign(strategy):
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_average_is_read_in_either_state(strategy, dtype):
     optimizer, variables = trained(strategy, dtype)
-    averages = [optimizer.get_slot(v, "average").numpy() for v in variables]
+    averages = averages_of(optimizer, variables)
     read_in_graph = tf.function(lambda v=variables: [optimizer.get_average(variable) for variable in v])
     for _ in range(3):
         for variable, in_graph, average in zip(variables, read_in_graph(), averages):
@@ -229,50 +195,47 @@ class TestSwappedWeights:
     @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit, GeneratorExit])
     def test_restores_after_any_exception(self, strategy, error):
         optimizer, variables = trained(strategy)
-        before = [bits(v) for v in variables]
+        before = bits(variables)
 
         def fail():
             with optimizer.swapped_weights():
-                assert [bits(v) for v in variables] != before
+                assert bits(variables) != before
                 raise error
 
         with pytest.raises(error):
             fail()
-        assert [bits(v) for v in variables] == before
+        assert bits(variables) == before
         assert not optimizer.weights_swapped
 
     def test_restores_after_ctrl_c_in_evaluate(self):
-        model = tf_keras.Sequential([tf_keras.layers.Dense(1, input_shape=(2,))])
-        optimizer = tfav.SWA("sgd", 0, 1)
-        model.compile(optimizer, "mse")
-        x, y = np.ones((64, 2)), np.ones((64, 1))
-        model.fit(x, y, epochs=2, verbose=0)
-        before = [bits(v) for v in model.variables]
+        model = testing_utils.new_model(tfav.SWA("sgd", 0, 1))
+        testing_utils.fit_steps(model, 2)
+        before = bits(model.variables)
 
-        class PressCtrlC(tf_keras.callbacks.Callback):
+        class PressCtrlC(KERAS.callbacks.Callback):
             def on_test_batch_end(self, batch, logs=None):
                 signal.raise_signal(signal.SIGINT)
 
-        with pytest.raises(KeyboardInterrupt), optimizer.swapped_weights():
-            model.evaluate(x, y, verbose=0, callbacks=[PressCtrlC()])
-        assert [bits(v) for v in model.variables] == before
+        with pytest.raises(KeyboardInterrupt), model.optimizer.swapped_weights():
+            model.evaluate(testing_utils.X, testing_utils.Y, verbose=0, callbacks=[PressCtrlC()])
+        assert bits(model.variables) == before
 
     def test_nested_blocks_show_the_averages(self):
         optimizer, variables = trained(tf.distribute.get_strategy())
-        before = [bits(v) for v in variables]
-        averages = [bits(optimizer.get_slot(v, "average")) for v in variables]
+        before = bits(variables)
+        shown = bits(slots_of(optimizer, variables))
         with optimizer.swapped_weights():
             with optimizer.swapped_weights():
-                assert [bits(v) for v in variables] == averages
-            assert [bits(v) for v in variables] == averages
-        assert [bits(v) for v in variables] == before
+                assert bits(variables) == shown
+            assert bits(variables) == shown
+        assert bits(variables) == before
 
     def test_block_that_swaps_back_itself_ends_unswapped(self):
         optimizer, variables = trained(tf.distribute.get_strategy())
-        before = [bits(v) for v in variables]
+        before = bits(variables)
         with optimizer.swapped_weights():
             optimizer.swap_weights()
-        assert [bits(v) for v in variables] == before
+        assert bits(variables) == before
         assert not optimizer.weights_swapped
 
     def test_block_inside_a_swap_leaves_the_swap(self):
@@ -286,20 +249,20 @@ class TestSwappedWeights:
 def test_before_the_first_update_the_averages_are_the_weights(strategy):
     with strategy.scope():
         variable = tf.Variable([1.0, 2.0])
-        optimizer = tfav.SWA(tf_keras.optimizers.SGD(1.0), start_averaging=100)
+        optimizer = tfav.SWA(CURRENT.SGD(1.0), start_averaging=100)
     optimizer.shadow_copy([variable])
     set_bits(variable, [7.0, 8.0])
     with optimizer.swapped_weights():
         np.testing.assert_array_equal(variable.numpy(), [7.0, 8.0])
     optimizer.assign_average_vars([variable])
     np.testing.assert_array_equal(variable.numpy(), [7.0, 8.0])
-    np.testing.assert_array_equal(optimizer.get_slot(variable, "average").numpy(), [7.0, 8.0])
+    np.testing.assert_array_equal(averages_of(optimizer, [variable]), [[7.0, 8.0]])
 
 
 def test_weights_loaded_while_swapped_before_the_first_update_do_not_reach_the_weights():
     """With nothing folded in, what is put into the model while swapped is an average, not a weight."""
     variable = tf.Variable([1.0])
-    optimizer = tfav.SWA(tf_keras.optimizers.SGD(1.0), start_averaging=100)
+    optimizer = tfav.SWA(CURRENT.SGD(1.0), start_averaging=100)
     optimizer.shadow_copy([variable])
     optimizer.swap_weights()
     variable.assign([9.0])
@@ -316,30 +279,28 @@ def test_on_read_variables_keep_each_replicas_own_value(mirrored_strategy):
             aggregation=tf.VariableAggregation.MEAN,
         )
         optimizer = tfav.ExponentialMovingAverage("sgd")
-    for component, value in zip(variable.values, [1.0, 5.0]):
-        component.assign(value)
+    set_bits(variable, [1.0, 5.0], each=True)
     optimizer.shadow_copy([variable])
-    assert [v.numpy() for v in optimizer.get_slot(variable, "average").values] == [1.0, 5.0]
-    count_one_update(optimizer)
-    for component, value in zip(variable.values, [2.0, 7.0]):
-        component.assign(value)
+    average = optimizer.get_slot(variable, "average")
+    assert testing_utils.read(average).tolist() == [1.0, 5.0]
+    testing_utils.count_as(optimizer, 1)
+    set_bits(variable, [2.0, 7.0], each=True)
     optimizer.swap_weights()
-    assert [v.numpy() for v in variable.values] == [3.0, 3.0]
-    for component, value in zip(variable.values, [10.0, 20.0]):  # The averages, changed by hand.
-        component.assign(value)
+    assert testing_utils.read(variable).tolist() == [3.0, 3.0]
+    set_bits(variable, [10.0, 20.0], each=True)  # The averages, changed by hand.
     optimizer.swap_weights()
-    assert [v.numpy() for v in variable.values] == [2.0, 7.0]
-    assert [v.numpy() for v in optimizer.get_slot(variable, "average").values] == [10.0, 20.0]
+    assert testing_utils.read(variable).tolist() == [2.0, 7.0]
+    assert testing_utils.read(average).tolist() == [10.0, 20.0]
 
 
 def test_swap_takes_many_dtypes_at_once():
     variables = [tf.Variable(special_values(dtype, 3)) for dtype in DTYPES]
     optimizer = averaging_optimizer()
     optimizer.shadow_copy(variables)
-    before = [bits(v) for v in variables]
+    before = bits(variables)
     for _ in itertools.repeat(None, 4):
         optimizer.swap_weights()
-    assert [bits(v) for v in variables] == before
+    assert bits(variables) == before
 
 
 def test_many_optimizers_bring_no_warning(caplog):
@@ -355,16 +316,10 @@ def weight_with_average(strategy):
     """A weight of 4 that each step makes smaller by 1, and an average that goes half of the way to it."""
     with strategy.scope():
         weight = tf.Variable(4.0)
-        optimizer = tfav.ExponentialMovingAverage(
-            tf_keras.optimizers.SGD(1.0), average_decay=0.5, dynamic_decay=False
-        )
+        optimizer = numpy_averages.ema(0.5, dynamic=False).wrap(CURRENT.SGD(1.0))
         optimizer.shadow_copy([weight])
-
-    def step_on_replica():  # The gradients are summed over the replicas.
-        gradient = tf.ones_like(weight) / strategy.num_replicas_in_sync
-        optimizer.apply_gradients([(gradient, weight)])
-
-    return weight, optimizer, lambda: strategy.run(step_on_replica)
+    gradient = 1.0 / strategy.num_replicas_in_sync  # It is summed over the replicas.
+    return weight, optimizer, lambda: strategy.run(lambda: descend(optimizer, [weight], gradient))
 
 
 @pytest.mark.parametrize("how", ["in one go", "in a loop"])

@@ -11,138 +11,158 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Training loops that record every step, and the averages' definition in float64 NumPy."""
+"""Models, training loops that record every step, and what is compared afterwards.
 
-from typing import Callable, List, NamedTuple, Sequence
+`KERAS` is the Keras that helpers use where none is given; nothing else here names one.
+"""
+
+import inspect
+from typing import Callable, Iterable, List, NamedTuple, Sequence, Union
 
 import numpy as np
+import pytest
 import tensorflow as tf
-import tf_keras
+import tf_keras as KERAS
 
 import tf_averaging as tfav
+from tests import numpy_averages
+
+CURRENT, LEGACY = KERAS.optimizers, KERAS.optimizers.legacy
+GENERATIONS = {"current": CURRENT, "legacy": LEGACY}
+
+both_generations = pytest.mark.parametrize("module", [CURRENT, LEGACY], ids=list(GENERATIONS))
+early_or_late = pytest.mark.parametrize("late", [False, True], ids=["early", "late"])
+with_loss_scaling = pytest.mark.parametrize("loss_scaling", [False, True], ids=["", "loss_scaling"])
+swapped_or_not = pytest.mark.parametrize("swapped", [False, True], ids=["", "swapped"])
 
 
-def read(strategy, variable) -> np.ndarray:
-    """The values on all replicas, stacked."""
-    return np.stack([value.numpy() for value in strategy.experimental_local_results(variable)])
+# Reading and comparing.
 
 
-def read_all(strategy, variables) -> List[np.ndarray]:
-    return [read(strategy, variable) for variable in variables]
+def read(variable) -> np.ndarray:
+    """The values on all replicas of this process, stacked."""
+    return np.stack([value.numpy() for value in getattr(variable, "values", [variable])])
 
 
-def as_float64(value: np.ndarray) -> np.ndarray:
-    return value.astype(np.complex128 if np.iscomplexobj(value) else np.float64)
+def read_all(variables) -> List[np.ndarray]:
+    return [read(variable) for variable in variables]
 
 
-class Scheme(NamedTuple):
-    """A way to average.
-
-    Attributes:
-      wrap: (inner optimizer, **options) -> wrapper.
-      start: first step on which an update is due.
-      period: steps from one update to the next.
-      weight: (steps since start, updates so far) -> weight of the weights in the new average.
-    """
-
-    wrap: Callable
-    start: int
-    period: int
-    weight: Callable[[int, int], float]
+def values(variables) -> List[np.ndarray]:
+    """What a reader outside of the replicas sees."""
+    return [variable.numpy() for variable in variables]
 
 
-def ema_weight(average_decay: float = 0.99, dynamic: bool = True) -> Callable[[int, int], float]:
-    return lambda s, n: 1 - (min(average_decay, (1 + s) / (10 + s)) if dynamic else average_decay)
+def bits(things: Iterable) -> list:
+    """Of variables (on all replicas) or arrays: NaN equals NaN here, and -0.0 differs from 0.0."""
+    arrays = [np.asarray(x) if isinstance(x, (np.ndarray, np.generic)) else read(x) for x in things]
+    return [(array.dtype, array.shape, array.tobytes()) for array in arrays]
 
 
-SWA = Scheme(lambda inner, **options: tfav.SWA(inner, 2, 3, **options), 2, 3, lambda s, n: 1 / (n + 1))
-EMA = Scheme(lambda inner, **options: tfav.ExponentialMovingAverage(inner, **options), 0, 1, ema_weight())
-SCHEMES = {"SWA": SWA, "EMA": EMA}
+def assert_same_bits(actual: Iterable, expected: Iterable, message: str = "") -> None:
+    """Equal to the last bit, and so that a failure shows the values."""
+    actual, expected = list(actual), list(expected)
+    assert len(actual) == len(expected), message
+    for index, (a, b) in enumerate(zip(actual, expected)):
+        if bits([a]) != bits([b]):
+            np.testing.assert_array_equal(a, b, err_msg=f"{message}, number {index}")
+            pytest.fail(f"{message}, number {index}: the bits of {a} are not those of {b}")
 
 
-def expected_average(
-    scheme: Scheme, weights: Sequence[np.ndarray], skipped: Sequence[int] = (), created: int = 0
-):
-    """The average of one variable, by definition.
-
-    Args:
-      scheme: its `wrap` is not used.
-      weights: the variable before the first step and after each step.
-      skipped: steps that loss scaling skipped.
-      created: the first step that knew the variable.
-
-    Returns:
-      (the average, the number of updates in it).
-    """
-    average, count = None, 0
-    for step in range(len(weights) - 1):
-        since = step - scheme.start
-        if since < 0 or since % scheme.period != 0 or step in skipped:
-            continue
-        if step >= created:
-            if average is None:
-                # The average begins with the first update, or with the variable where that comes later.
-                average = as_float64(weights[created if count else step])
-            average += scheme.weight(since, count) * (as_float64(weights[step + 1]) - average)
-        count += 1
-    return (weights[-1] if average is None else average), count
+def average_of(optimizer, variable) -> np.ndarray:
+    """The average as the slot has it: while swapped it holds the weights."""
+    return optimizer.get_slot(variable, "average").numpy()
 
 
-class Run(NamedTuple):
-    """What a training run leaves behind; `history` is indexed by step (0: before training), variable."""
-
-    optimizer: tf_keras.optimizers.Optimizer
-    variables: List[tf.Variable]
-    history: List[List[np.ndarray]]
+def averages_of(optimizer, variables) -> List[np.ndarray]:
+    return [average_of(optimizer, variable) for variable in variables]
 
 
-def assert_same_training(strategy, bare: Run, wrapped: Run):
-    """Asserts that weights at every step and inner state at the end are equal, bit for bit."""
-    assert len(bare.history) == len(wrapped.history)
-    for step, (expected, actual) in enumerate(zip(bare.history, wrapped.history)):
-        for index, (a, b) in enumerate(zip(expected, actual)):
-            assert_same_bits(b, a, f"variable {index}, step {step}")
-    assert_same_state(strategy, bare.optimizer, wrapped.optimizer.inner_optimizer)
+def has_average(optimizer, variable) -> bool:
+    try:
+        return optimizer.get_slot(variable, "average") is not None
+    except KeyError:
+        return False
 
 
-def assert_same_state(strategy, bare, inner):
-    """Asserts that two optimizers hold the same values in their variables."""
-    expected, actual = (read_all(strategy, inner_state(optimizer)) for optimizer in (bare, inner))
-    assert len(expected) == len(actual)
-    for index, (a, b) in enumerate(zip(expected, actual)):
-        assert_same_bits(b, a, f"optimizer variable {index}")
+def shipped_optimizers(module) -> dict:
+    """Every optimizer class that Keras has in this module, by name."""
+    classes = {name: cls for name, cls in vars(module).items() if inspect.isclass(cls)}
+    return {
+        name: cls
+        for name, cls in classes.items()
+        if issubclass(cls, module.Optimizer) and cls is not module.Optimizer
+    }
 
 
-def assert_same_bits(actual: np.ndarray, expected: np.ndarray, message: str = ""):
-    """Equal to the last bit: unlike `assert_array_equal`, this tells -0.0 from 0.0."""
-    np.testing.assert_array_equal(actual, expected, err_msg=message)
-    assert actual.tobytes() == expected.tobytes(), message
-
-
-def inner_state(optimizer) -> List[tf.Variable]:
+def state_variables(optimizer) -> List[tf.Variable]:
     """All variables of an optimizer of either generation."""
     variables = optimizer.variables
     return list(variables() if callable(variables) else variables)
 
 
+def averaging(optimizer) -> tfav.AveragedOptimizerWrapper:
+    """The averaging optimizer, which may be inside a LossScaleOptimizer."""
+    wraps = isinstance(optimizer, tfav.AveragedOptimizerWrapper)
+    return optimizer if wraps else optimizer.inner_optimizer
+
+
+def count_as(optimizer, updates: int) -> None:
+    """Sets the number of updates that the averages hold."""
+    optimizer.set_weights(
+        [np.int64(updates) if "num_averaged" in v.name else v.numpy() for v in optimizer.variables]
+    )
+
+
+class Run(NamedTuple):
+    """What a training run leaves behind; `history` is indexed by step (0: before training), variable."""
+
+    optimizer: KERAS.optimizers.Optimizer
+    variables: List[tf.Variable]
+    history: List[List[np.ndarray]]
+    model: object = None
+
+
+def assert_same_training(bare: Run, wrapped: Run) -> None:
+    """Asserts that weights at every step and inner state at the end are equal, bit for bit."""
+    assert len(bare.history) == len(wrapped.history)
+    for step, (expected, actual) in enumerate(zip(bare.history, wrapped.history)):
+        assert_same_bits(actual, expected, f"step {step}")
+    inner = wrapped.optimizer.inner_optimizer
+    state = [read_all(state_variables(optimizer)) for optimizer in (inner, bare.optimizer)]
+    assert_same_bits(*state, "state of the optimizer")
+
+
 def assert_averages(
-    strategy, run: Run, scheme: Scheme, skipped: Sequence[int] = (), created: Sequence[int] = ()
-):
-    """Asserts that every variable's average is what the recorded weights say.
+    run: Run,
+    scheme: numpy_averages.Scheme,
+    skipped: Sequence[int] = (),
+    created: Sequence[int] = (),
+    tolerance: float = 2e-6,
+) -> None:
+    """Asserts that every variable's average is what the recorded weights say, on all replicas.
 
     Args:
-      strategy: the one that `run` used.
       run: weights and averages.
       scheme: how they were averaged.
       skipped: steps that loss scaling skipped.
       created: for each variable the first step that knew it; empty for all zeros.
+      tolerance: relative to the largest weight that the variable has had.
     """
     for index, variable in enumerate(run.variables):
-        history = [weights[index] for weights in run.history]
-        expected, count = expected_average(scheme, history, skipped, *created[index : index + 1])
-        actual = as_float64(read(strategy, run.optimizer.get_slot(variable, "average")))
-        np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-6, err_msg=f"variable {index}")
-        assert run.optimizer.num_averaged.numpy() == count
+        weights = [values[index] for values in run.history]
+        expected = numpy_averages.expected_average(scheme, weights, skipped, *created[index : index + 1])
+        actual = numpy_averages.as_float64(read(run.optimizer.get_slot(variable, "average")))
+        finite = np.where(np.isfinite(weights), np.abs(weights), 0)
+        atol = tolerance * np.max(finite, initial=0)
+        np.testing.assert_allclose(actual, expected, rtol=0, atol=atol, err_msg=f"variable {index}")
+        if all(len(set(bits(replicas))) == 1 for replicas in weights):
+            assert len(set(bits(actual))) == 1, f"variable {index} differs between the replicas"
+    due = numpy_averages.due_steps(scheme, len(run.history) - 1, skipped)
+    assert run.optimizer.num_averaged.numpy() == len(due)
+
+
+# Training variables, in a custom loop.
 
 
 KERNEL, TABLE, BIAS, SCALAR = VALUES = [
@@ -175,10 +195,10 @@ def gradients_of_loss(variables: Sequence[tf.Variable], step: tf.Tensor) -> list
 
 def train(
     strategy,
-    make_optimizer: Callable[[], tf_keras.optimizers.Optimizer],
+    make_optimizer: Callable,
     gradients: Callable[[Sequence[tf.Variable], tf.Tensor], list] = gradients_of_loss,
     values: Sequence[np.ndarray] = VALUES,
-    steps: int = 6,
+    steps: Union[int, Sequence] = 6,
     as_function: bool = False,
     apply_options=(),
     **variable_options,
@@ -188,9 +208,9 @@ def train(
     Args:
       strategy: to train under.
       make_optimizer: called in its scope.
-      gradients: (variables, step) -> their gradients, on one replica.
+      gradients: (variables, element of `steps`) -> their gradients, on one replica.
       values: what the variables start from.
-      steps: how many.
+      steps: how many, or a number or array for each.
       as_function: whether the step is a `tf.function`.
       apply_options: keyword arguments for `apply_gradients`, as a dict.
       **variable_options: for `tf.Variable`.
@@ -207,68 +227,124 @@ def train(
 
     if as_function:
         train_step = tf.function(train_step)
-    history = [read_all(strategy, variables)]
-    for step in range(steps):
+    history = [read_all(variables)]
+    for step in range(steps) if isinstance(steps, int) else steps:
         train_step(tf.constant(step))
-        history.append(read_all(strategy, variables))
+        history.append(read_all(variables))
     return Run(optimizer, variables, history)
 
 
-def make_model(**dense_options) -> tf_keras.Model:
-    """Two dense layers; the same weights each time."""
-    tf_keras.utils.set_random_seed(1)
-    return tf_keras.Sequential(
-        [
-            tf_keras.layers.Dense(3, activation="tanh", input_shape=(4,), **dense_options),
-            tf_keras.layers.Dense(1, dtype="float32"),
+def descend(optimizer, variables, gradient: float = 1.0, steps: int = 1) -> None:
+    """Takes steps with this gradient for every element of the variables."""
+    for _ in range(steps):
+        optimizer.apply_gradients([(tf.fill(v.shape, tf.cast(gradient, v.dtype)), v) for v in variables])
+
+
+def by_one_step(optimizer, value=0.0, gradient: float = -1.0, steps: int = 1) -> tf.Variable:
+    """A variable that `descend` has moved, from `value` on."""
+    variable = tf.Variable(value)
+    descend(optimizer, [variable], gradient, steps)
+    return variable
+
+
+# Training models.
+
+
+BATCH = 8
+X = np.random.default_rng(0).normal(size=(20 * BATCH, 4)).astype(np.float32)
+Y = X[:, :1] - 2.0 * X[:, 1:2]
+
+
+def new_model(
+    optimizer=None,
+    units: Sequence[int] = (3, 1),
+    inputs: int = 4,
+    batch_norm: bool = False,
+    loss_scaling: bool = False,
+    strategy=None,
+    seed: int = 1,
+    keras=KERAS,
+    **layer_options,
+):
+    """Dense layers `layer0`, `layer1`, ..., with batch normalization (`bn`) after the first if asked for.
+
+    Args:
+      optimizer: the model is compiled with it, or with what it returns if it is a function; None for not.
+      units: the width of each layer.
+      inputs: the width of the inputs.
+      batch_norm: whether there is batch normalization.
+      loss_scaling: whether to put a LossScaleOptimizer around the optimizer.
+      strategy: everything is created in its scope.
+      seed: models of one seed and shape have the same weights.
+      keras: the Keras that the model is of.
+      **layer_options: for all layers but the last, which computes in float32.
+    """
+    keras.utils.set_random_seed(seed)
+    with (strategy or tf.distribute.get_strategy()).scope():
+        layers = [
+            keras.layers.Dense(u, name=f"layer{i}", activation="tanh", **layer_options)
+            for i, u in enumerate(units[:-1])
         ]
-    )
+        if batch_norm:
+            layers.insert(1, keras.layers.BatchNormalization(momentum=0.5, name="bn"))
+        layers.append(keras.layers.Dense(units[-1], name=f"layer{len(units) - 1}", dtype="float32"))
+        model = keras.Sequential([keras.Input([inputs]), *layers])
+        if optimizer is not None:
+            optimizer = optimizer() if callable(optimizer) else optimizer
+            model.compile(loss_scaled(optimizer, keras) if loss_scaling else optimizer, "mse")
+    return model
 
 
-def make_data(batches: int = 6):
-    """Inputs and targets, for batches of 4."""
-    inputs = np.random.RandomState(2).normal(size=(4 * batches, 4)).astype(np.float32)
-    return inputs, inputs.sum(axis=1, keepdims=True) * 0.3
+def loss_scaled(optimizer, keras=KERAS):
+    """With a scale that skips no step of a sane model, and that grows soon."""
+    options = {"initial_scale": 2.0**10, "dynamic_growth_steps": 3}
+    return keras.mixed_precision.LossScaleOptimizer(optimizer, **options)
 
 
-class RecordWeights(tf_keras.callbacks.Callback):
-    """Records the trainable weights before training and after each batch (or execution)."""
+def fit_steps(model, steps: int, callbacks=(), inputs: int = 4) -> None:
+    """Takes steps on the first batches of the data, always the same."""
+    rows = slice(0, steps * BATCH)
+    options = {"batch_size": BATCH, "shuffle": False, "verbose": 0}
+    model.fit(X[rows, :inputs], Y[rows], callbacks=list(callbacks), **options)
 
-    def __init__(self, strategy):
-        super().__init__()
-        self.history = []
-        self._strategy = strategy
 
-    def on_train_begin(self, logs=None):
-        self.on_train_batch_end(-1)
+def recorder(keras=KERAS):
+    """A callback that keeps the weights, `history`, from before training and after each batch."""
 
-    def on_train_batch_end(self, batch, logs=None):
-        self.history.append(read_all(self._strategy, self.model.trainable_variables))
+    class RecordWeights(keras.callbacks.Callback):
+        def on_train_begin(self, logs=None):
+            self.history = [read_all(self.model.trainable_variables)]
+
+        def on_train_batch_end(self, batch, logs=None):
+            self.history.append(read_all(self.model.trainable_variables))
+
+    return RecordWeights()
 
 
 def fit(
     strategy,
-    make_optimizer: Callable[[], tf_keras.optimizers.Optimizer],
-    build_model: Callable[[], tf_keras.Model] = make_model,
+    make_optimizer: Callable,
+    build_model: Callable = new_model,
     data=None,
     epochs: int = 1,
     callbacks=(),
+    keras=KERAS,
     **compile_options,
 ) -> Run:
-    """Trains with `Model.fit`, in batches of 4 and in order."""
+    """Trains with `Model.fit`, in order, six batches in each epoch if no data are given."""
     with strategy.scope():
         model = build_model()
         optimizer = make_optimizer()
         model.compile(optimizer, "mse", **compile_options)
-    record = RecordWeights(strategy)
-    inputs, targets = make_data() if data is None else data
+    record = recorder(keras)
+    inputs, targets = data or (X[: 6 * BATCH], Y[: 6 * BATCH])
     model.fit(
         inputs,
         targets,
-        batch_size=4,
+        batch_size=BATCH,
         epochs=epochs,
         shuffle=False,
         verbose=0,
         callbacks=[record, *callbacks],
     )
-    return Run(optimizer, model.trainable_variables, record.history)
+    return Run(optimizer, model.trainable_variables, record.history, model)

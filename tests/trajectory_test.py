@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Averages against a float64 recomputation in NumPy from the recorded weights."""
+"""Averages equal their definition, recomputed in float64 NumPy from the recorded weights."""
 
 import itertools
 
@@ -20,86 +20,59 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 import tensorflow as tf
-import tf_keras
 
 import tf_averaging as tfav
+from tests import numpy_averages
+from tests import testing_utils
+from tests.testing_utils import CURRENT
+from tests.testing_utils import KERAS
+from tests.testing_utils import LEGACY
+from tests.testing_utils import average_of
+from tests.testing_utils import by_one_step
+from tests.testing_utils import descend
 
-STEPS = 200
-
-
-def swa_oracle(weights, start, period):
-    """The mean of snapshots; `weights[t + 1]` are the weights after step t, `weights[0]` before all."""
-    snapshots = [weights[t + 1] for t in range(start, len(weights) - 1, period)]
-    return np.mean(np.asarray(snapshots, np.float64), axis=0) if snapshots else weights[-1]
-
-
-def ema_oracle(weights, start, period, decay, dynamic_decay):
-    """The exponential moving average, written out from its definition."""
-    average = np.asarray(weights[-1], np.float64)
-    for t in range(start, len(weights) - 1, period):
-        if t == start:
-            average = np.asarray(weights[t], np.float64)
-        s = t - start
-        d = min(decay, (1 + s) / (10 + s)) if dynamic_decay else decay
-        average = d * average + (1 - d) * np.asarray(weights[t + 1], np.float64)
-    return average
-
-
-def train(strategy, optimizer, variables, steps=STEPS):
-    """Trains on noise that differs between the replicas; returns all values of each variable."""
-
-    @tf.function
-    def step(noise):
-        def on_replica():
-            context = tf.distribute.get_replica_context()
-            own_noise = noise + tf.cast(context.replica_id_in_sync_group, tf.float32)
-            with tf.GradientTape() as tape:
-                loss = sum(tf.reduce_sum(tf.sin(3.0 * v + own_noise)) for v in variables)
-            optimizer.apply_gradients(zip(tape.gradient(loss, variables), variables))
-
-        strategy.run(on_replica)
-
-    recorded = [[v.numpy()] for v in variables]
-    for noise in np.random.default_rng(0).normal(size=steps).astype(np.float32):
-        step(tf.constant(noise))
-        for values, variable in zip(recorded, variables):
-            values.append(variable.numpy())
-    return recorded
-
-
-def assert_averages(optimizer, variables, recorded, oracle):
-    for variable, weights in zip(variables, recorded):
-        average = optimizer.get_slot(variable, "average")
-        replicas = [value.numpy() for value in getattr(average, "values", [average])]
-        for replica in replicas:
-            np.testing.assert_array_equal(replica, replicas[0])
-        tolerance = 2e-6 * np.max(np.abs(weights))
-        np.testing.assert_allclose(replicas[0], oracle(weights), rtol=0, atol=tolerance)
-
-
-def new_variables(strategy):
-    with strategy.scope():
-        return [tf.Variable([[0.3, -1.2, 2.0], [0.1, 0.7, -0.5]]), tf.Variable(1.5)]
-
-
+NOISES = np.random.default_rng(0).normal(size=200).astype(np.float32)
+VALUES = [np.array([[0.3, -1.2, 2.0], [0.1, 0.7, -0.5]], np.float32), np.float32(1.5)]
 INNER = {
-    "sgd": lambda: tf_keras.optimizers.SGD(0.05, momentum=0.9),
-    "adam": lambda: tf_keras.optimizers.Adam(0.02),
-    "legacy_sgd": lambda: tf_keras.optimizers.legacy.SGD(0.05, momentum=0.9),
-    "legacy_adam": lambda: tf_keras.optimizers.legacy.Adam(0.02),
+    "sgd": lambda: CURRENT.SGD(0.05, momentum=0.9),
+    "adam": lambda: CURRENT.Adam(0.02),
+    "legacy_sgd": lambda: LEGACY.SGD(0.05, momentum=0.9),
+    "legacy_adam": lambda: LEGACY.Adam(0.02),
 }
+
+
+def gradients_of_noise(variables, noise):
+    """They differ between the replicas."""
+    replica = tf.cast(tf.distribute.get_replica_context().replica_id_in_sync_group, tf.float32)
+    with tf.GradientTape() as tape:
+        loss = sum(tf.reduce_sum(tf.sin(3.0 * v + noise + replica)) for v in variables)
+    return tape.gradient(loss, variables)
+
+
+def check(strategy, scheme, inner):
+    run = testing_utils.train(
+        strategy,
+        lambda: scheme.wrap(INNER[inner]()),
+        gradients_of_noise,
+        VALUES,
+        steps=NOISES,
+        as_function=True,
+    )
+    testing_utils.assert_averages(run, scheme)
+    return run
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("inner", INNER)
 @pytest.mark.parametrize(("start", "period"), list(itertools.product([0, 13, 500], [1, 7])))
 def test_swa_is_the_mean_of_snapshots(strategy, inner, start, period):
-    variables = new_variables(strategy)
-    with strategy.scope():
-        optimizer = tfav.SWA(INNER[inner](), start, period)
-    recorded = train(strategy, optimizer, variables)
-    assert_averages(optimizer, variables, recorded, lambda w: swa_oracle(w, start, period))
-    assert optimizer.num_averaged == len(range(start, STEPS, period))
+    run = check(strategy, numpy_averages.swa(start, period), inner)
+    snapshots = run.history[start + 1 :: period]
+    for index, variable in enumerate(run.variables):
+        weights = [values[index] for values in snapshots] or [run.history[-1][index]]
+        mean = np.mean(np.asarray(weights, np.float64), axis=0)
+        tolerance = 2e-6 * np.max(np.abs(weights))
+        np.testing.assert_allclose(average_of(run.optimizer, variable), mean[0], rtol=0, atol=tolerance)
 
 
 WHEN = [(0, 1), (13, 1), (0, 7), (13, 7), (500, 1)]  # Start, period.
@@ -108,65 +81,67 @@ DECAYS = [(0.5, False), (0.5, True), (0.999, False), (0.999, True)]  # Decay, wh
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("start", "period", "decay", "dynamic_decay", "inner"),
+    ("start", "period", "decay", "dynamic", "inner"),
     [
         # All meet all, but for the inner optimizers: each meets every pair above, once.
         (*WHEN[i], *DECAYS[j], list(INNER)[(i + j) % len(INNER)])
         for i, j in itertools.product(range(len(WHEN)), range(len(DECAYS)))
     ],
 )
-def test_ema_follows_its_definition(strategy, start, period, decay, dynamic_decay, inner):
-    variables = new_variables(strategy)
-    with strategy.scope():
-        optimizer = tfav.ExponentialMovingAverage(
-            INNER[inner](),
-            average_decay=decay,
-            start_step=start,
-            dynamic_decay=dynamic_decay,
-            average_period=period,
-        )
-    recorded = train(strategy, optimizer, variables)
-    assert_averages(
-        optimizer, variables, recorded, lambda w: ema_oracle(w, start, period, decay, dynamic_decay)
+def test_ema_follows_its_definition(strategy, start, period, decay, dynamic, inner):
+    check(strategy, numpy_averages.ema(decay, start, dynamic, period), inner)
+
+
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        *(numpy_averages.swa(*when) for when in [(0, 1), (10, 1), (7, 5), (0, 10)]),
+        *(
+            numpy_averages.ema(decay, start, False, period)
+            for decay in (0.0, 0.9, 0.999)
+            for start, period in [(0, 1), (5, 1), (3, 4)]
+        ),
+    ],
+    ids=lambda scheme: f"{scheme.start}-{scheme.period}-{scheme.weight(1, 1):.3g}",
+)
+@testing_utils.both_generations
+def test_float64_averages_are_exact_to_float64(module, scheme):
+    noises = np.random.default_rng(0).normal(size=(50, 3)) - [3.0, -2.0, 0.5]
+    run = testing_utils.train(
+        tf.distribute.get_strategy(),
+        lambda: scheme.wrap(module.SGD(0.1)),
+        lambda variables, noise: [variables[0] + noise],
+        [np.zeros(3)],
+        steps=noises,
+        as_function=True,
     )
-    assert optimizer.num_averaged == len(range(start, STEPS, period))
+    testing_utils.assert_averages(run, scheme, tolerance=1e-13)
 
 
 @hypothesis.settings(max_examples=40, deadline=None)
 @hypothesis.given(
     start=st.integers(0, 12),
     period=st.integers(1, 6),
-    decay=st.floats(0, 1),
-    dynamic_decay=st.booleans(),
+    decay=st.none() | st.floats(0, 1),  # None: SWA.
+    dynamic=st.booleans(),
     steps=st.integers(0, 15),
     shape=st.lists(st.integers(0, 4), max_size=3),
     seed=st.integers(0, 2**16),
-    scheme=st.sampled_from(["swa", "ema"]),
 )
-def test_any_setting_in_eager_mode(start, period, decay, dynamic_decay, steps, shape, seed, scheme):
-    inner = tf_keras.optimizers.SGD(1.0)
-    if scheme == "swa":
-        optimizer = tfav.SWA(inner, start, period)
-    else:
-        optimizer = tfav.ExponentialMovingAverage(
-            inner, True, decay, start, dynamic_decay, average_period=period
-        )
-    random = np.random.default_rng(seed)
-    variable = tf.Variable(random.normal(size=shape).astype(np.float32))
-    optimizer.shadow_copy([variable])
-    weights = [variable.numpy()]
-    for _ in range(steps):
-        gradient = tf.constant(random.normal(size=shape).astype(np.float32))
-        optimizer.apply_gradients([(gradient, variable)])
-        weights.append(variable.numpy())
-    expected = (
-        swa_oracle(weights, start, period)
-        if scheme == "swa"
-        else ema_oracle(weights, start, period, decay, dynamic_decay)
+def test_any_setting_in_eager_mode(start, period, decay, dynamic, steps, shape, seed):
+    scheme = (
+        numpy_averages.swa(start, period)
+        if decay is None
+        else numpy_averages.ema(decay, start, dynamic, period)
     )
-    tolerance = 2e-6 * np.max(np.abs(weights), initial=0)
-    average = optimizer.get_slot(variable, "average").numpy()
-    np.testing.assert_allclose(average, expected, rtol=0, atol=tolerance)
+    value, *gradients = np.random.default_rng(seed).normal(size=(steps + 1, *shape)).astype(np.float32)
+    optimizer, variable = scheme.wrap(CURRENT.SGD(1.0)), tf.Variable(value)
+    optimizer.shadow_copy([variable])
+    history = [testing_utils.read_all([variable])]
+    for gradient in gradients:
+        optimizer.apply_gradients([(tf.constant(gradient), variable)])
+        history.append(testing_utils.read_all([variable]))
+    testing_utils.assert_averages(testing_utils.Run(optimizer, [variable], history), scheme)
 
 
 class TestNumbersByHand:
@@ -174,14 +149,11 @@ class TestNumbersByHand:
 
     def test_swa(self):
         variables = [tf.Variable([1.0, 1.0]), tf.Variable([2.0, 2.0])]
-        optimizer = tfav.SWA(tf_keras.optimizers.SGD(1.0), 0, 1)
-        for _ in range(3):
-            optimizer.apply_gradients([(tf.constant([0.1, 0.1]), v) for v in variables])
+        optimizer = tfav.SWA(CURRENT.SGD(1.0), 0, 1)
+        descend(optimizer, variables, 0.1, steps=3)
         optimizer.assign_average_vars(variables)
-        np.testing.assert_allclose(variables[0].numpy(), [0.8, 0.8], rtol=1e-6)
-        np.testing.assert_allclose(variables[1].numpy(), [1.8, 1.8], rtol=1e-6)
+        np.testing.assert_allclose(testing_utils.values(variables), [[0.8] * 2, [1.8] * 2], rtol=1e-6)
 
-    @pytest.mark.parametrize("generation", [tf_keras.optimizers, tf_keras.optimizers.legacy])
     @pytest.mark.parametrize(
         ("learning_rate", "start_step", "dynamic_decay", "expected"),
         [
@@ -190,31 +162,77 @@ class TestNumbersByHand:
             (1.0, 1, False, [0.85, 1.85]),
         ],
     )
-    def test_ema(self, generation, learning_rate, start_step, dynamic_decay, expected):
-        variable = tf.Variable([1.0, 2.0])
+    @testing_utils.both_generations
+    def test_ema(self, module, learning_rate, start_step, dynamic_decay, expected):
         optimizer = tfav.ExponentialMovingAverage(
-            generation.SGD(learning_rate),
+            module.SGD(learning_rate),
             average_decay=0.5,
             start_step=start_step,
             dynamic_decay=dynamic_decay,
         )
-        for _ in range(2):
-            optimizer.apply_gradients([(tf.constant([0.1, 0.1]), variable)])
-        average = optimizer.get_slot(variable, "average").numpy()
-        np.testing.assert_allclose(average, expected, rtol=1e-6)
+        variable = by_one_step(optimizer, [1.0, 2.0], 0.1, steps=2)
+        np.testing.assert_allclose(average_of(optimizer, variable), expected, rtol=1e-6)
 
-    def test_decay_of_one_never_moves_and_of_zero_follows(self):
-        for decay, expected in [(1.0, 1.0), (0.0, 0.5)]:
-            variable = tf.Variable(1.0)
-            optimizer = tfav.ExponentialMovingAverage(
-                tf_keras.optimizers.SGD(0.25), average_decay=decay, dynamic_decay=False
-            )
-            for _ in range(2):
-                optimizer.apply_gradients([(tf.constant(1.0), variable)])
-            assert optimizer.get_slot(variable, "average").numpy() == expected
+    @pytest.mark.parametrize(("decay", "expected"), [(1.0, 1.0), (0.0, 0.5)])
+    def test_decay_of_one_never_moves_and_of_zero_follows(self, decay, expected):
+        optimizer = numpy_averages.ema(decay, dynamic=False).wrap(CURRENT.SGD(0.25))
+        assert average_of(optimizer, by_one_step(optimizer, 1.0, 1.0, steps=2)) == expected
+
+    def test_steps_that_loss_scaling_skips(self, strategy):
+        """Averages and count stay; `iterations`, and with it the period, moves on."""
+        optimizers = []
+
+        def make():
+            optimizers.append(tfav.SWA(CURRENT.SGD(1.0), start_averaging=0, average_period=2))
+            return testing_utils.loss_scaled(optimizers[0])
+
+        def gradients(variables, gradient):
+            return [gradient / strategy.num_replicas_in_sync]
+
+        values = [1.0, np.inf, np.nan, 1.0, 1.0]  # Steps 0 to 4; due are 0, 2 and 4.
+        run = testing_utils.train(strategy, make, gradients, [1.0], values, as_function=True)
+        assert [weights[0][0] for weights in run.history] == [1.0, 0.0, 0.0, 0.0, -1.0, -2.0]
+        optimizer = optimizers[0]
+        assert (optimizer.iterations.numpy(), optimizer.num_averaged.numpy()) == (5, 2)
+        assert average_of(optimizer, run.variables[0]) == -1.0
 
 
-class Recorder(tf_keras.optimizers.schedules.LearningRateSchedule):
+def test_first_snapshot_is_the_weights_bit_for_bit():
+    """Whatever was in the model before, infinity included."""
+    variable = tf.Variable([np.inf, 1e30, 0.1])
+    optimizer = tfav.SWA(CURRENT.SGD(1.0), 0, 1)
+    optimizer.shadow_copy([variable])
+    optimizer.apply_gradients([(tf.constant([np.inf, 1e30, 0.3]), variable)])
+    testing_utils.assert_same_bits([average_of(optimizer, variable)], [variable.numpy()])
+    np.testing.assert_allclose(average_of(optimizer, variable), [np.nan, 0.0, -0.2], rtol=1e-6)
+
+
+@pytest.mark.parametrize("scheme", [numpy_averages.swa(2, 2), numpy_averages.ema(0.75, 2)])
+def test_averages_start_from_weights_loaded_after_shadow_copy(strategy, scheme):
+    def build_model():
+        return testing_utils.new_model(units=[2], inputs=3)
+
+    loaded = [100.0 + np.arange(6.0, dtype=np.float32).reshape(3, 2), np.float32([50.0, 60.0])]
+
+    class Load(KERAS.callbacks.Callback):
+        def on_train_begin(self, logs=None):
+            self.model.optimizer.shadow_copy(self.model)
+            self.model.set_weights(loaded)
+            averages = testing_utils.averages_of(self.model.optimizer, self.model.weights)
+            testing_utils.assert_same_bits(averages, loaded)
+
+    data = np.ones((5 * testing_utils.BATCH, 3), np.float32), np.zeros((5 * testing_utils.BATCH, 2))
+    run = testing_utils.fit(
+        strategy, lambda: scheme.wrap(CURRENT.SGD(0.1)), build_model, data, callbacks=[Load()]
+    )
+    run.history[0] = [np.stack([value] * len(before)) for value, before in zip(loaded, run.history[0])]
+    testing_utils.assert_averages(run, scheme)
+
+
+# Steps are counted exactly, however many there are.
+
+
+class Recorder(KERAS.optimizers.schedules.LearningRateSchedule):
     """A decay of 1/2 that keeps the steps it was asked for."""
 
     def __init__(self):
@@ -228,83 +246,59 @@ class Recorder(tf_keras.optimizers.schedules.LearningRateSchedule):
         return {}
 
 
-FAR = [2**24, 10**9, 2**31, 2**53 - 100]
+after_many_steps = pytest.mark.parametrize("far", [2**24, 10**9, 2**31, 2**53 - 100])
 
 
-@pytest.mark.parametrize("far", FAR)
-def test_swa_still_counts_after_many_steps(far):
-    variable = tf.Variable(0.0)
-    optimizer = tfav.SWA(tf_keras.optimizers.SGD(1.0), start_averaging=far + 2, average_period=3)
+@after_many_steps
+def test_swa_still_counts(far):
+    optimizer = tfav.SWA(CURRENT.SGD(1.0), start_averaging=far + 2, average_period=3)
     optimizer.iterations.assign(far)
-    for _ in range(9):  # Steps far to far + 8; snapshots after far + 2, far + 5 and far + 8.
-        optimizer.apply_gradients([(tf.constant(-1.0), variable)])
+    # Steps far to far + 8; snapshots after far + 2, far + 5 and far + 8.
+    variable = by_one_step(optimizer, steps=9)
     assert optimizer.num_averaged == 3
-    assert optimizer.get_slot(variable, "average").numpy() == (3 + 6 + 9) / 3
+    assert average_of(optimizer, variable) == (3 + 6 + 9) / 3
 
 
-@pytest.mark.parametrize("far", FAR)
-def test_ema_still_counts_after_many_steps(far):
+@after_many_steps
+def test_ema_still_counts(far):
     """The warm-up counts from `start_step`, which may be far from 0."""
-    variable = tf.Variable(0.0)
-    optimizer = tfav.ExponentialMovingAverage(
-        tf_keras.optimizers.SGD(1.0), start_step=far + 1, average_decay=0.5
-    )
+    optimizer = numpy_averages.ema(0.5, start=far + 1).wrap(CURRENT.SGD(1.0))
     optimizer.iterations.assign(far)
-    weights = [0.0]
-    for _ in range(4):
-        optimizer.apply_gradients([(tf.constant(-1.0), variable)])
-        weights.append(variable.numpy())
-    expected = ema_oracle(weights, 1, 1, 0.5, True)
-    np.testing.assert_allclose(optimizer.get_slot(variable, "average").numpy(), expected, rtol=1e-6)
+    variable = by_one_step(optimizer, steps=4)
+    expected = numpy_averages.expected_average(numpy_averages.ema(0.5, start=1), np.arange(5.0))
+    np.testing.assert_allclose(average_of(optimizer, variable), expected, rtol=1e-6)
 
 
-@pytest.mark.parametrize("far", FAR)
+@after_many_steps
 def test_a_schedule_is_asked_for_exact_steps(far):
     schedule = Recorder()
     optimizer = tfav.ExponentialMovingAverage(
-        tf_keras.optimizers.SGD(1.0), average_decay=schedule, start_step=3, average_period=2
+        CURRENT.SGD(1.0), average_decay=schedule, start_step=3, average_period=2
     )
     optimizer.iterations.assign(far + 3)
-    variable = tf.Variable(0.0)
-    for _ in range(4):
-        optimizer.apply_gradients([(tf.constant(1.0), variable)])
+    by_one_step(optimizer, steps=4)
     assert schedule.steps == [s for s in range(far, far + 4) if s % 2 == 0]
+
+
+@testing_utils.both_generations
+def test_iterations_may_be_a_variable_of_the_users(module):
+    steps = tf.Variable(2**31, dtype=tf.int64)
+    optimizer = tfav.SWA(module.SGD(1.0), 2**31 + 1, 1)
+    optimizer.iterations = steps
+    assert optimizer.iterations is steps
+    variable = by_one_step(optimizer, steps=3)
+    assert steps.numpy() == 2**31 + 3
+    assert average_of(optimizer, variable) == 2.5
+    assert optimizer.get_weights()[0] == 2**31 + 3
+    assert sum(v.dtype == tf.int64 and v.shape == [] for v in optimizer.variables) == 3
 
 
 def test_weight_is_exact_where_float32_would_not_do():
     """The 10^8-th snapshot counts 1/10^8: 1/n in float32 would be off, n + 1 in float32 would be n."""
     variable = tf.Variable(np.zeros((), np.float64))
-    optimizer = tfav.SWA(tf_keras.optimizers.SGD(1.0), 0, 1)
+    optimizer = tfav.SWA(CURRENT.SGD(1.0), 0, 1)
     optimizer.shadow_copy([variable])
-    optimizer.set_weights([10**8 if "num_averaged" in v.name else v.numpy() for v in optimizer.variables])
-    optimizer.apply_gradients([(tf.constant(-1.0, tf.float64), variable)])
-    average = optimizer.get_slot(variable, "average").numpy()
+    testing_utils.count_as(optimizer, 10**8)
+    descend(optimizer, [variable], -1.0)
     assert optimizer.num_averaged == 10**8 + 1
-    np.testing.assert_allclose(average, 1 / (10**8 + 1), rtol=1e-15)
-
-
-@pytest.mark.parametrize("scheme", ["swa", "ema"])
-def test_averages_start_from_weights_loaded_after_shadow_copy(strategy, scheme):
-    with strategy.scope():
-        model = tf_keras.Sequential([tf_keras.layers.Dense(2, input_shape=(3,))])
-        inner = tf_keras.optimizers.SGD(0.1)
-        optimizer = (
-            tfav.SWA(inner, 2, 2)
-            if scheme == "swa"
-            else tfav.ExponentialMovingAverage(inner, average_decay=0.75, start_step=2)
-        )
-        model.compile(optimizer, "mse")
-    optimizer.shadow_copy(model)
-    loaded = [100.0 + np.arange(6.0).reshape(3, 2), np.array([50.0, 60.0])]
-    model.set_weights(loaded)
-    for average, weights in zip(map(lambda v: optimizer.get_slot(v, "average"), model.weights), loaded):
-        np.testing.assert_array_equal(average.numpy(), weights.astype(np.float32))
-    x, y = np.ones((4, 3), np.float32), np.zeros((4, 2), np.float32)
-    recorded = [model.get_weights()]
-    for _ in range(5):
-        model.train_on_batch(x, y)
-        recorded.append(model.get_weights())
-    for index, variable in enumerate(model.weights):
-        weights = [values[index] for values in recorded]
-        expected = swa_oracle(weights, 2, 2) if scheme == "swa" else ema_oracle(weights, 2, 1, 0.75, True)
-        np.testing.assert_allclose(optimizer.get_slot(variable, "average").numpy(), expected, rtol=2e-6)
+    np.testing.assert_allclose(average_of(optimizer, variable), 1 / (10**8 + 1), rtol=1e-15)

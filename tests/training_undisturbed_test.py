@@ -1,0 +1,521 @@
+# Copyright 2026 The tf_averaging Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Averaging never perturbs training: weights are bit-identical to the inner optimizer's alone."""
+
+from typing import Any, Dict, NamedTuple
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from tests import numpy_averages
+from tests import testing_utils
+from tests.numpy_averages import EMA
+from tests.numpy_averages import SWA
+from tests.testing_utils import CURRENT
+from tests.testing_utils import KERAS
+from tests.testing_utils import LEGACY
+from tests.testing_utils import both_generations
+
+# Every optimizer that tf_keras ships, in the variants that keep state of different kinds.
+VARIANTS = {
+    CURRENT: {
+        "SGD": [{}, {"momentum": 0.9}, {"momentum": 0.9, "nesterov": True}],
+        "Adam": [{}, {"amsgrad": True}],
+        "AdamW": [{}],
+        "Nadam": [{}],
+        "RMSprop": [{}, {"centered": True, "momentum": 0.9}],
+        "Adagrad": [{}],
+        "Adadelta": [{}],
+        "Adamax": [{}],
+        "Adafactor": [{}],
+        "Lion": [{}],
+        "Ftrl": [{}],
+    },
+    LEGACY: {
+        "SGD": [{}, {"momentum": 0.9}, {"momentum": 0.9, "nesterov": True}],
+        "Adam": [{}, {"amsgrad": True}],
+        "Nadam": [{}],
+        "RMSprop": [{}, {"centered": True, "momentum": 0.9}],
+        "Adagrad": [{}],
+        "Adadelta": [{}],
+        "Adamax": [{}],
+        "Ftrl": [{}],
+    },
+}
+
+
+class Inner(NamedTuple):
+    """An inner optimizer, to be made as often as needed."""
+
+    cls: type
+    options: Dict[str, Any]
+
+    def __call__(self):
+        return self.cls(learning_rate=0.1, **self.options)
+
+    def __str__(self):
+        generation = "legacy" if issubclass(self.cls, LEGACY.Optimizer) else "current"
+        return "-".join([generation, self.cls.__name__] + [f"{k}={v}" for k, v in self.options.items()])
+
+
+def variants():
+    return [
+        Inner(getattr(module, name), options)
+        for module, classes in VARIANTS.items()
+        for name, choices in classes.items()
+        for options in choices
+    ]
+
+
+every_optimizer = pytest.mark.parametrize("inner", variants(), ids=str)
+# For what is slow and hardly depends on the combination: each value is met, not each pair of values.
+each_once = pytest.mark.parametrize(
+    ("strategy", "module", "scheme"),
+    [("default", CURRENT, SWA), ("mirrored", LEGACY, EMA)],
+    indirect=["strategy"],
+    ids=["default-current-SWA", "mirrored-legacy-EMA"],
+)
+
+
+def check(strategy, make_inner, scheme, train=testing_utils.train, wrap=None, untrained=(), **options):
+    """Trains without and with averaging, asserts what must hold, and returns both runs.
+
+    Args:
+      strategy: to train under.
+      make_inner: makes the inner optimizer.
+      scheme: how to average.
+      train: `testing_utils.train` or `testing_utils.fit`.
+      wrap: makes the wrapper, if not `scheme` around `make_inner()`.
+      untrained: positions of variables that training does not change.
+      **options: for `train`.
+    """
+    bare = train(strategy, make_inner, **options)
+    for index, (first, last) in enumerate(zip(bare.history[0], bare.history[-1])):
+        assert np.array_equal(first, last) == (index in untrained), index
+    wrapped = train(strategy, wrap or (lambda: scheme.wrap(make_inner())), **options)
+    testing_utils.assert_same_training(bare, wrapped)
+    testing_utils.assert_averages(wrapped, scheme)
+    return bare, wrapped
+
+
+def differ(first, second):
+    """Whether two runs left different weights: a setting under test had an effect."""
+    return any(not np.array_equal(a, b) for a, b in zip(first.history[-1], second.history[-1]))
+
+
+@both_generations
+def test_table_has_every_optimizer(module):
+    assert testing_utils.shipped_optimizers(module).keys() == VARIANTS[module].keys()
+
+
+DENSE_AND_SPARSE = [testing_utils.KERNEL, testing_utils.TABLE]
+
+
+@every_optimizer
+def test_every_optimizer_in_eager_mode(inner, strategy):
+    check(strategy, inner, EMA, values=DENSE_AND_SPARSE, steps=3)
+
+
+@every_optimizer
+def test_every_optimizer_in_function(inner):
+    check(tf.distribute.get_strategy(), inner, SWA, values=DENSE_AND_SPARSE, as_function=True)
+
+
+@pytest.mark.parametrize(
+    "inner", [Inner(CURRENT.Adam, {}), Inner(LEGACY.RMSprop, {"momentum": 0.9})], ids=str
+)
+def test_function_on_replicas(inner, mirrored_strategy):
+    check(mirrored_strategy, inner, SWA, values=DENSE_AND_SPARSE, as_function=True)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"run_eagerly": True}, {"steps_per_execution": 2}, {"jit_compile": True}],
+    ids=lambda options: next(iter(options), "plain"),
+)
+@pytest.mark.parametrize(
+    ("inner", "scheme"),
+    [(Inner(CURRENT.SGD, {"momentum": 0.9}), numpy_averages.swa(1, 2)), (Inner(LEGACY.Nadam, {}), EMA)],
+    ids=["current-SGD-SWA", "legacy-Nadam-EMA"],
+)
+def test_fit_in_every_mode(strategy, inner, scheme, options):
+    """And evaluation in the same mode sees the averages while they are swapped in."""
+    if "jit_compile" in options and strategy.num_replicas_in_sync > 1:
+        pytest.skip("tf_keras itself fails there on CPUs")
+    recorded = scheme
+    if (
+        "steps_per_execution" in options
+    ):  # Weights are seen after steps 1, 3 and 5: those that SWA averages.
+        scheme, recorded = numpy_averages.swa(1, 2), numpy_averages.swa()
+    bare = testing_utils.fit(strategy, inner, **options)
+    wrapped = testing_utils.fit(strategy, lambda: scheme.wrap(inner()), **options)
+    if "jit_compile" in options:
+        # XLA fuses a larger step otherwise than a smaller one, so the last bit may differ.
+        for expected, actual in zip(bare.history, wrapped.history):
+            for a, b in zip(expected, actual):
+                np.testing.assert_allclose(b, a, rtol=1e-5, atol=1e-6)
+        assert differ(wrapped, wrapped._replace(history=wrapped.history[:1]))
+    else:
+        testing_utils.assert_same_training(bare, wrapped)
+    testing_utils.assert_averages(wrapped, recorded)
+
+    reference = testing_utils.new_model("sgd")
+    reference.set_weights(testing_utils.averages_of(wrapped.optimizer, wrapped.variables))
+    data = testing_utils.X, testing_utils.Y
+    raw = wrapped.model.evaluate(*data, verbose=0)
+    with wrapped.optimizer.swapped_weights():
+        averaged = wrapped.model.evaluate(*data, verbose=0)
+    np.testing.assert_allclose(averaged, reference.evaluate(*data, verbose=0), rtol=1e-4)
+    np.testing.assert_allclose(wrapped.model.evaluate(*data, verbose=0), raw, rtol=1e-6)
+    assert abs(averaged - raw) > 1e-4
+
+
+@each_once
+def test_other_scheme_in_eager_mode_and_function(strategy, module, scheme):
+    """The combinations of scheme and execution that the tests above leave out."""
+    del scheme
+    inner = Inner(module.SGD, {"momentum": 0.9})
+    check(strategy, inner, SWA)
+    check(strategy, inner, EMA, values=DENSE_AND_SPARSE, as_function=True, steps=3)
+
+
+# What surrounds the inner optimizer's arithmetic.
+
+
+@both_generations
+def test_learning_rate_schedule(module, strategy):
+    def make_inner():
+        return module.SGD(KERAS.optimizers.schedules.ExponentialDecay(0.2, 2, 0.5), momentum=0.5)
+
+    scheduled, _ = check(strategy, make_inner, EMA)
+    assert differ(scheduled, testing_utils.train(strategy, lambda: module.SGD(0.2, momentum=0.5)))
+
+
+def test_legacy_decay(strategy):
+    bare, _ = check(strategy, lambda: LEGACY.SGD(0.1, decay=0.3), EMA)
+    assert differ(bare, testing_utils.train(strategy, lambda: LEGACY.SGD(0.1)))
+
+
+@pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW"])
+def test_weight_decay(name, strategy):
+    bare, _ = check(strategy, lambda: getattr(CURRENT, name)(0.1, weight_decay=0.1), SWA)
+    assert differ(
+        bare, testing_utils.train(strategy, lambda: getattr(CURRENT, name)(0.1, weight_decay=0))
+    )
+
+
+@pytest.mark.parametrize("by", ["var_names", "var_list"])
+def test_exclude_from_weight_decay(by, strategy):
+    """Called on the wrapper it has the effect that it has on the inner optimizer."""
+
+    def train(optimizer, exclude):
+        with strategy.scope():
+            excluded, decayed = tf.Variable(1.0, name="bias"), tf.Variable(1.0, name="kernel")
+        if exclude:
+            optimizer.exclude_from_weight_decay(**{by: ["bias"] if by == "var_names" else [excluded]})
+
+        def step():
+            optimizer.apply_gradients([(tf.constant(0.1), excluded), (tf.constant(0.1), decayed)])
+
+        for _ in range(3):
+            strategy.run(step)
+        return excluded.numpy(), decayed.numpy()
+
+    def make_inner():
+        with strategy.scope():
+            return CURRENT.Adam(0.1, weight_decay=0.1)
+
+    excluded, decayed = train(make_inner(), exclude=True)
+    assert train(SWA.wrap(make_inner()), exclude=True) == (excluded, decayed)
+    assert train(SWA.wrap(make_inner()), exclude=False) == (decayed, decayed)
+    assert excluded != decayed
+
+
+CLIPPING = [("clipnorm", 0.3), ("clipvalue", 0.1), ("global_clipnorm", 0.5)]
+every_clipping = pytest.mark.parametrize(("option", "value"), CLIPPING)
+
+
+@every_clipping
+@both_generations
+def test_clipping_by_the_inner_optimizer(module, option, value, strategy):
+    bare, _ = check(
+        strategy, lambda: module.Adagrad(0.1, **{option: value}), EMA, values=DENSE_AND_SPARSE, steps=3
+    )
+    assert differ(
+        bare, testing_utils.train(strategy, lambda: module.Adagrad(0.1), values=DENSE_AND_SPARSE, steps=3)
+    )
+
+
+@every_clipping
+@both_generations
+def test_clipping_given_to_the_wrapper(module, option, value, strategy):
+    check(
+        strategy,
+        lambda: module.Adagrad(0.1, **{option: value}),
+        EMA,
+        wrap=lambda: EMA.wrap(module.Adagrad(0.1), **{option: value}),
+        values=DENSE_AND_SPARSE,
+        steps=3,
+    )
+
+
+@both_generations
+def test_constraint(module, strategy):
+    options = {"values": [testing_utils.KERNEL, testing_utils.BIAS]}
+    constraint = KERAS.constraints.MaxNorm(0.5, axis=None)
+    bare, _ = check(strategy, lambda: module.SGD(0.4), EMA, constraint=constraint, **options)
+    assert differ(bare, testing_utils.train(strategy, lambda: module.SGD(0.4), **options))
+
+
+@both_generations
+def test_kernel_constraint_in_fit(module):
+    def build_model():
+        return testing_utils.new_model(kernel_constraint="non_neg")
+
+    _, wrapped = check(
+        tf.distribute.get_strategy(),
+        lambda: module.SGD(0.1),
+        SWA,
+        testing_utils.fit,
+        build_model=build_model,
+    )
+    assert wrapped.history[-1][0].min() == 0
+
+
+# Gradients and variables of every kind.
+
+
+@both_generations
+def test_duplicate_indices_in_indexed_slices(module, strategy):
+    """Rows that occur twice get both gradients, from each replica."""
+
+    def gradients(variables, step):
+        values = tf.constant([[1.0, 2.0], [10.0, 20.0], [100.0, 200.0]])
+        return [tf.IndexedSlices(values, tf.constant([3, 1, 3]), tf.constant([5, 2]))]
+
+    _, wrapped = check(
+        strategy, lambda: module.SGD(0.5), EMA, gradients=gradients, values=[testing_utils.TABLE], steps=2
+    )
+    moved = wrapped.history[0][0][0] - wrapped.history[2][0][0]
+    expected = np.zeros((5, 2))
+    expected[1], expected[3] = [10, 20], [101, 202]
+    np.testing.assert_allclose(moved, expected * 2 * 0.5 * strategy.num_replicas_in_sync, rtol=1e-5)
+
+
+@each_once
+def test_embedding(strategy, module, scheme):
+    def build_model():
+        KERAS.utils.set_random_seed(0)
+        layers = [
+            KERAS.layers.Embedding(7, 2, input_length=4),
+            KERAS.layers.Flatten(),
+            KERAS.layers.Dense(1),
+        ]
+        return KERAS.Sequential(layers)
+
+    tokens = np.random.RandomState(0).randint(0, 6, (32, 4))
+    assert len(np.unique(tokens[: testing_utils.BATCH])) < 32  # Duplicates; token 6 never occurs.
+    data = tokens, tokens.sum(axis=1, keepdims=True) * 0.1
+    check(
+        strategy, lambda: module.Adam(0.1), scheme, testing_utils.fit, build_model=build_model, data=data
+    )
+
+
+@both_generations
+def test_none_gradients(module, strategy):
+    def gradients(variables, step):
+        kernel, table, _, scalar = testing_utils.gradients_of_loss(variables, step)
+        return [kernel, table, None, scalar]
+
+    check(strategy, lambda: module.SGD(0.1, momentum=0.9), EMA, gradients=gradients, untrained=[2])
+
+
+@both_generations
+def test_gradient_that_is_none_on_some_steps(module, strategy):
+    """All variables fold on a due step, with or without a gradient in it."""
+
+    def gradients(variables, step):
+        first, second = testing_utils.gradients_of_loss(variables, step)
+        return [first, second if step % 2 == 0 else None]
+
+    values = [testing_utils.KERNEL, testing_utils.BIAS]
+    check(strategy, lambda: module.SGD(0.1), EMA, gradients=gradients, values=values)
+
+
+@both_generations
+def test_scalar_and_empty_variables(module, strategy):
+    values = [np.float32(1.5), np.zeros(0, np.float32), np.zeros((0, 3), np.float32)]
+    for as_function in (False, True):
+        options = {"values": values, "untrained": [1, 2], "steps": 3, "as_function": as_function}
+        check(strategy, lambda: module.Adam(0.1), SWA, **options)
+
+
+@both_generations
+def test_variable_large_enough_for_the_compiled_fold(module, strategy):
+    """The XLA-compiled fold reads the weights and writes none."""
+    values = [np.linspace(-1, 1, 1 << 15, dtype=np.float32).reshape(128, 256), testing_utils.BIAS]
+    for jit_compile in ("auto", False):
+        check(
+            strategy,
+            lambda: module.SGD(0.1, momentum=0.9),
+            EMA,
+            wrap=lambda j=jit_compile: EMA.wrap(module.SGD(0.1, momentum=0.9), jit_compile=j),
+            values=values,
+            steps=3,
+        )
+
+
+def pull(variables, step):
+    """Gradients of the variables' own dtypes."""
+    return [
+        variable * tf.cast(0.3, variable.dtype) + tf.cast(step, variable.dtype) for variable in variables
+    ]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "average_dtype"),
+    [("float16", "float32"), ("bfloat16", "float32"), ("float64", "float64")],
+)
+@both_generations
+def test_dtypes(module, dtype, average_dtype, strategy):
+    values = [testing_utils.KERNEL.astype(tf.as_dtype(dtype).as_numpy_dtype)]
+    inner = Inner(module.SGD, {"momentum": 0.5})
+    _, wrapped = check(strategy, inner, EMA, gradients=pull, values=values)
+    assert wrapped.optimizer.get_slot(wrapped.variables[0], "average").dtype == average_dtype
+
+
+COMPLEX = [testing_utils.KERNEL.astype(dtype) * dtype(1 - 2j) for dtype in (np.complex64, np.complex128)]
+
+
+@both_generations
+def test_complex_variables(module):
+    _, wrapped = check(
+        tf.distribute.get_strategy(),
+        Inner(module.SGD, {"momentum": 0.5}),
+        EMA,
+        gradients=pull,
+        values=COMPLEX,
+    )
+    for variable in wrapped.variables:
+        assert wrapped.optimizer.get_slot(variable, "average").dtype == variable.dtype
+
+
+@pytest.mark.parametrize(
+    "option", [{"skip_gradients_aggregation": True}, {"experimental_aggregate_gradients": False}], ids=str
+)
+@both_generations
+def test_gradients_aggregated_before(module, option, strategy):
+    """Both generations take both spellings. Complex variables: TensorFlow cannot sum those itself."""
+    own = {"experimental_aggregate_gradients": False}  # The one that both take without the wrapper.
+    inner = Inner(module.SGD, {"momentum": 0.5})
+    options = {"gradients": pull, "values": COMPLEX}
+    bare = testing_utils.train(strategy, inner, apply_options=own, **options)
+    wrapped = testing_utils.train(strategy, lambda: EMA.wrap(inner()), apply_options=option, **options)
+    testing_utils.assert_same_training(bare, wrapped)
+    testing_utils.assert_averages(wrapped, EMA)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "scheme"),
+    [("default", SWA), ("default", EMA), ("mirrored", SWA)],
+    indirect=["strategy"],
+    ids=["default-SWA", "default-EMA", "mirrored-SWA"],
+)
+def test_layers_unfrozen_and_frozen_between_fits(scheme, strategy):
+    """With a legacy optimizer; a variable that appears later starts its average at its value then."""
+
+    def train(wrap):
+        history = []
+        model = testing_utils.new_model(strategy=strategy)
+        with strategy.scope():
+            optimizer = wrap(LEGACY.Adam(0.1))
+        read = lambda *_: history.append(testing_utils.read_all(model.variables))  # noqa: E731
+        read()
+        for trainable in [(False, True), (True, True), (True, False)]:
+            for layer, flag in zip(model.layers, trainable):
+                layer.trainable = flag
+            with strategy.scope():
+                model.compile(optimizer, "mse")
+            testing_utils.fit_steps(model, 3, [KERAS.callbacks.LambdaCallback(on_train_batch_end=read)])
+        return testing_utils.Run(optimizer, model.variables, history)
+
+    wrapped = train(scheme.wrap)
+    testing_utils.assert_same_training(train(lambda inner: inner), wrapped)
+    testing_utils.assert_averages(wrapped, scheme, created=[3, 3, 0, 0])
+
+
+# Mixed precision.
+
+
+@pytest.mark.parametrize(("module", "scheme"), [(CURRENT, EMA), (LEGACY, SWA)], ids=["current", "legacy"])
+def test_mixed_precision(module, scheme, strategy):
+    """Loss scaling goes outside; a step that it skips is counted, and averages nothing."""
+    KERAS.mixed_precision.set_global_policy("mixed_float16")
+    skipped, seen = [1, 5], []
+    inputs, targets = testing_utils.X[: 8 * testing_utils.BATCH].copy(), testing_utils.Y
+    for step in skipped:
+        inputs[testing_utils.BATCH * step] = np.inf
+    data = inputs, targets[: len(inputs)]
+
+    class Count(KERAS.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            seen.append(int(self.model.optimizer.inner_optimizer.num_averaged))
+
+    bare = testing_utils.fit(strategy, lambda: module.Adam(0.1), data=data)
+    wrapped = testing_utils.fit(
+        strategy, lambda: scheme.wrap(module.Adam(0.1)), data=data, callbacks=[Count()]
+    )
+    assert isinstance(wrapped.model.optimizer, KERAS.mixed_precision.LossScaleOptimizer)
+    assert wrapped.model.optimizer.inner_optimizer is wrapped.optimizer
+    testing_utils.assert_same_training(bare, wrapped)
+    testing_utils.assert_averages(wrapped, scheme, skipped)
+    assert wrapped.optimizer.iterations.numpy() == 8
+    due = numpy_averages.due_steps(scheme, 8, skipped)
+    assert seen == np.cumsum([step in due for step in range(8)]).tolist()
+    for step in range(8):
+        assert np.array_equal(wrapped.history[step][0], wrapped.history[step + 1][0]) == (step in skipped)
+
+
+# Wrappers in wrappers.
+
+
+@both_generations
+@pytest.mark.parametrize(("outer", "inner"), [(EMA, SWA), (SWA, EMA)], ids=["EMA of SWA", "SWA of EMA"])
+@pytest.mark.parametrize(
+    ("strategy", "as_function"),
+    [("default", True), ("mirrored", False)],
+    indirect=["strategy"],
+    ids=["default-function", "mirrored-eager"],
+)
+def test_nested_wrappers(module, outer, inner, as_function, strategy):
+    """Both average the weights, each in its own way."""
+    make_sgd = Inner(module.SGD, {"momentum": 0.5})
+    options = {"as_function": as_function, "values": DENSE_AND_SPARSE}
+    bare = testing_utils.train(strategy, make_sgd, **options)
+    run = testing_utils.train(strategy, lambda: outer.wrap(inner.wrap(make_sgd())), **options)
+    nested = run._replace(optimizer=run.optimizer.inner_optimizer)
+    testing_utils.assert_same_training(bare, nested)
+    testing_utils.assert_averages(run, outer)
+    testing_utils.assert_averages(nested, inner)
+
+
+def test_nested_wrappers_in_fit():
+    strategy = tf.distribute.get_strategy()
+    bare = testing_utils.fit(strategy, lambda: CURRENT.SGD(0.1))
+    run = testing_utils.fit(strategy, lambda: EMA.wrap(SWA.wrap(CURRENT.SGD(0.1))))
+    nested = run._replace(optimizer=run.optimizer.inner_optimizer)
+    testing_utils.assert_same_training(bare, nested)
+    testing_utils.assert_averages(run, EMA)
+    testing_utils.assert_averages(nested, SWA)
