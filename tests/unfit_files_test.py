@@ -1,0 +1,406 @@
+# Copyright 2026 The tf_averaging Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Files that do not fit the model or the optimizer in every way: nothing is lost without a word."""
+
+import warnings
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import tf_averaging as tfav
+from tests import testing_utils
+from tests.file_formats import Arrays
+from tests.file_formats import KerasFile
+from tests.file_formats import WeightsOfNewFormat
+from tests.file_formats import checkpoint_of
+from tests.file_formats import state_of
+from tests.testing_utils import CURRENT
+from tests.testing_utils import GENERATIONS
+from tests.testing_utils import KERAS
+from tests.testing_utils import LEGACY
+from tests.testing_utils import assert_same_bits
+from tests.testing_utils import both_generations
+from tests.testing_utils import early_or_late
+from tests.testing_utils import fit_steps
+from tests.testing_utils import new_model
+from tests.testing_utils import swapped_or_not
+from tests.testing_utils import values
+from tests.testing_utils import with_loss_scaling
+
+
+def save(model, path):
+    return checkpoint_of(model).save(str(path / "ckpt"))
+
+
+def averages_of(model):
+    return testing_utils.averages_of(model.optimizer, model.trainable_variables)
+
+
+def new_swa(**options):
+    return tfav.SWA(CURRENT.SGD(0.1), 0, 1, **options)
+
+
+class TestOtherAverageDtype:
+    """While swapped, weights are kept in another place if averages have a dtype of their own."""
+
+    @early_or_late
+    @swapped_or_not
+    @pytest.mark.parametrize(
+        ("saved", "restored"), [(None, "float64"), ("float64", None), ("float64", "float64")]
+    )
+    def test_restores_weights_and_averages(self, tmp_path, strategy, saved, restored, swapped, late):
+        def new(average_dtype):
+            ema, sgd = tfav.ExponentialMovingAverage, CURRENT.SGD
+            return new_model(lambda: ema(sgd(0.1), average_dtype=average_dtype), strategy=strategy)
+
+        model = new(saved)
+        fit_steps(model, 3)
+        weights, averages = values(model.trainable_variables), averages_of(model)
+        if swapped:
+            model.optimizer.swap_weights()
+        path = save(model, tmp_path)
+        other = new(restored)
+        if late:
+            fit_steps(other, 2)
+            other.optimizer.swap_weights()
+        status = checkpoint_of(other).restore(path)
+        if late and not (saved is None and restored is not None):  # Which has variables of its own.
+            status.assert_consumed()
+        assert other.optimizer.weights_swapped == swapped
+        if swapped:
+            other.optimizer.swap_weights()
+        assert_same_bits(values(other.trainable_variables), weights)
+        # In the model, averages have the model's dtype: no more can be restored from there.
+        narrow = swapped and restored is None or saved is None
+        expected = [average.astype(np.float32) for average in averages] if narrow else averages
+        assert_same_bits(averages_of(other), [e.astype(restored or np.float32) for e in expected])
+        fit_steps(other, 1)
+
+    def test_of_the_shards_of_a_variable(self, tmp_path):
+        def new(average_dtype):
+            shards = [tf.Variable([1.0, 2.0]), tf.Variable([3.0])]
+            variable = tf.__internal__.distribute.ShardedVariable(shards)
+            optimizer = tfav.SWA(CURRENT.SGD(1.0), 0, 1, average_dtype=average_dtype)
+            optimizer.shadow_copy([variable])
+            return tf.train.Checkpoint(optimizer=optimizer, variable=variable)
+
+        saved, restored = new(None), new("float64")
+        saved.optimizer.update_average(1.0)
+        for shard in saved.variable.variables:
+            shard.assign_add(tf.ones_like(shard))
+        saved.optimizer.update_average(0.5)
+        saved.optimizer.swap_weights()
+        restored.restore(saved.save(str(tmp_path / "ckpt")))
+        averages = tf.concat(restored.variable.variables, axis=0)
+        np.testing.assert_array_equal(averages, [1.5, 2.5, 3.5])
+        restored.optimizer.swap_weights()
+        weights = tf.concat(restored.variable.variables, axis=0)
+        np.testing.assert_array_equal(weights, [2.0, 3.0, 4.0])
+        average = restored.optimizer.get_average(restored.variable)
+        np.testing.assert_array_equal(average, [1.5, 2.5, 3.5])
+
+    def test_that_was_restored_twice_before_the_variables_exist(self, tmp_path):
+        """The newer checkpoint counts, whichever comes to the variables first."""
+        paths = []
+        for value in (1.0, 2.0):
+            variable = tf.Variable([value], dtype=tf.float16)
+            optimizer = tfav.SWA(CURRENT.SGD(1.0), 0, 1)
+            optimizer.shadow_copy([variable])
+            optimizer.update_average(1.0)
+            checkpoint = tf.train.Checkpoint(optimizer=optimizer, variable=variable)
+            paths.append(checkpoint.save(str(tmp_path / f"ckpt{value}")))
+        optimizer = tfav.SWA(CURRENT.SGD(1.0), average_dtype="float64")
+        checkpoint = tf.train.Checkpoint(optimizer=optimizer)
+        for path in paths:
+            checkpoint.restore(path)
+        checkpoint.variable = tf.Variable([0.0], dtype=tf.float16)
+        assert optimizer.get_slot(checkpoint.variable, "average").numpy() == [2.0]
+        assert optimizer.num_averaged == 1
+
+
+class TestWhatTheFileLacks:
+    @swapped_or_not
+    @pytest.mark.parametrize("average_dtype", [None, "float64"])
+    def test_average_starts_from_the_restored_weights(self, tmp_path, average_dtype, swapped):
+        """Not from those that the model had before, which nobody can see any more."""
+        model = new_model(new_swa(average_dtype=average_dtype))
+        model.optimizer.shadow_copy([model.layers[1].kernel])
+        fit_steps(model, 3)
+        weights = values(model.trainable_variables)
+        if swapped:
+            model.optimizer.swap_weights()
+        path = save(model, tmp_path)
+        average = model.optimizer.get_average(model.layers[1].kernel).numpy()
+        other = new_model(new_swa(average_dtype=average_dtype))
+        fit_steps(other, 5)
+        checkpoint_of(other).restore(path)
+        assert other.optimizer.num_averaged == 3
+        if swapped:
+            other.optimizer.swap_weights()
+        assert_same_bits(values(other.trainable_variables), weights)
+        expected = [w.astype(average_dtype or np.float32) for w in weights]
+        expected[2] = average
+        assert_same_bits(averages_of(other), expected)
+
+    def test_variable_that_is_not_in_it_at_all(self, tmp_path):
+        """A stash must follow the weights too: it is what swapping back brings."""
+        model = new_model(new_swa(average_dtype="float64"))
+        fit_steps(model, 3)
+        model.optimizer.swap_weights()
+        path = save(model, tmp_path)
+        other = new_model(new_swa(average_dtype="float64"), units=(3, 1, 1))
+        fit_steps(other, 5)
+        new_layer = values(other.layers[2].variables)
+        checkpoint_of(other).restore(path).expect_partial()
+        other.optimizer.swap_weights()
+        assert_same_bits(values(other.layers[2].variables), new_layer)
+
+    def test_statistics_start_from_the_restored_ones(self, tmp_path):
+        def new():
+            model = new_model(new_swa())
+            bn = KERAS.layers.BatchNormalization()
+            bn.build([None, 1])
+            return model, bn, tf.train.Checkpoint(model=model, bn=bn, optimizer=model.optimizer)
+
+        model, bn, checkpoint = new()
+        fit_steps(model, 3)
+        bn.moving_mean.assign([7.0])
+        path = checkpoint.save(str(tmp_path / "ckpt"))
+        other, other_bn, other_checkpoint = new()
+        fit_steps(other, 3)
+        other.optimizer.exchange_too([other_bn.moving_mean])
+        other_checkpoint.restore(path)
+        other.optimizer.swap_weights()
+        assert other_bn.moving_mean.numpy() == [7.0]
+
+    def test_first_step_that_was_set_stays(self, tmp_path):
+        """A file without averages says nothing of it; to forget it would start averaging at once."""
+        model = new_model(CURRENT.SGD(0.1))
+        fit_steps(model, 3)
+        path = save(model, tmp_path)
+        other = new_model(new_swa())
+        other.optimizer.begin_averaging(5)
+        with pytest.warns(UserWarning, match="without averages"):
+            checkpoint_of(other).restore(path)
+        fit_steps(other, 2)
+        assert (other.optimizer.start_averaging, other.optimizer.num_averaged) == (5, 0)
+        fit_steps(other, 1)
+        assert other.optimizer.num_averaged == 1
+
+
+OTHER = {"current": "legacy", "legacy": "current", "Adam": "SGD", "SGD": "Adam"}
+
+
+@early_or_late
+@pytest.mark.parametrize("averages_in_file", [True, False], ids=["ours", "plain"])
+@pytest.mark.parametrize("file", GENERATIONS)
+def test_other_generation_inside_takes_averages_and_steps_and_warns(
+    tmp_path, file, averages_in_file, late
+):
+    inner = GENERATIONS[file].Adam(0.1)
+    model = new_model(tfav.SWA(inner, 0, 1) if averages_in_file else inner)
+    fit_steps(model, 3)
+    other = new_model(tfav.SWA(GENERATIONS[OTHER[file]].Adam(0.1), 0, 1))
+    if late:
+        fit_steps(other, 2)
+    message = f"{file}-generation optimizer.*starts anew" if averages_in_file else "starts anew"
+    with pytest.warns(UserWarning, match=message):
+        checkpoint_of(other).restore(save(model, tmp_path)).expect_partial()
+    assert other.optimizer.iterations == 3
+    assert_same_bits(values(other.variables), values(model.variables))
+    if averages_in_file:
+        assert other.optimizer.num_averaged == 3
+        assert_same_bits(averages_of(other), averages_of(model))
+    fit_steps(other, 1)
+
+
+@pytest.mark.parametrize("averages_in_file", [True, False], ids=["ours", "plain"])
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [("Adam", r"\['momentum'\].*SGD.*Received: \['m', 'v'\]"), ("SGD", "another optimizer inside.*Adam")],
+)
+def test_other_legacy_optimizer_inside_is_named(tmp_path, file, message, averages_in_file):
+    makers = {"Adam": LEGACY.Adam, "SGD": lambda rate: LEGACY.SGD(rate, momentum=0.9)}
+    inner = makers[file](0.1)
+    model = new_model(tfav.SWA(inner, 0, 1) if averages_in_file else inner)
+    fit_steps(model, 3)
+    other = new_model(tfav.SWA(makers[OTHER[file]](0.1), 0, 1))
+    with pytest.warns(UserWarning, match=message):
+        checkpoint_of(other).restore(save(model, tmp_path)).expect_partial()
+    if averages_in_file:
+        assert_same_bits(averages_of(other), averages_of(model))
+
+
+class TestSavedAgainBeforeAStep:
+    """What waits in a restored optimizer for variables that the first step creates is saved too."""
+
+    @pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "custom loop"])
+    @with_loss_scaling
+    @pytest.mark.parametrize("file", ["ours", "plain"])
+    @both_generations
+    def test_checkpoint(self, tmp_path, module, file, loss_scaling, compiled):
+        def new(wrap=True):
+            optimizer = module.Adam(0.1)
+            if wrap:
+                optimizer = tfav.SWA(optimizer, 0, 1)
+            return testing_utils.loss_scaled(optimizer) if loss_scaling else optimizer
+
+        model = new_model(new(wrap=file == "ours"))
+        fit_steps(model, 3)
+        path = save(model, tmp_path)
+        optimizer = new()
+        again = new_model(optimizer if compiled else None)
+        checkpoint = tf.train.Checkpoint(model=again, optimizer=optimizer)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore" if file == "plain" else "error")
+            checkpoint.restore(path)
+            path = checkpoint.save(str(tmp_path / "again"))
+        for part in tmp_path.glob("ckpt-1.*"):
+            part.unlink()  # As a CheckpointManager does: what waits was read before.
+        path = checkpoint.save(str(tmp_path / "again"))
+        resumed = new_model(new())
+        checkpoint_of(resumed).restore(path)
+        fit_steps(model, 2)
+        fit_steps(resumed, 2)
+        assert_same_bits(values(resumed.variables), values(model.variables))
+
+    def test_arrays_of_an_unknown_model_are_not_complete_and_that_is_said(self, tmp_path):
+        model = new_model(tfav.SWA(CURRENT.Adam(0.1), 0, 1))
+        fit_steps(model, 3)
+        path = save(model, tmp_path)
+        optimizer = tfav.SWA(CURRENT.Adam(0.1), 0, 1)
+        again = new_model(None)
+        tf.train.Checkpoint(model=again, optimizer=optimizer).restore(path)
+        with pytest.warns(UserWarning, match="build"):
+            optimizer.get_weights()
+        optimizer.build(again.trainable_variables)
+        assert_same_bits(optimizer.get_weights(), model.optimizer.get_weights())
+
+
+class TestChangedModels:
+    @staticmethod
+    def model_of(units, module=CURRENT):
+        return new_model(tfav.SWA(module.SGD(0.01, momentum=0.9), 0, 1), units)
+
+    @early_or_late
+    def test_checkpoint_restores_what_matches(self, tmp_path, late):
+        model = self.model_of([3, 1], LEGACY)
+        fit_steps(model, 4)
+        path = checkpoint_of(model).save(str(tmp_path / "ckpt"))
+        grown = self.model_of([3, 2], LEGACY)
+        if late:
+            fit_steps(grown, 3)
+        # Another head: by attribute, so that the first layer is found and the second not.
+        tf.train.Checkpoint(
+            model=tf.train.Checkpoint(**{"layer_with_weights-0": grown.layers[0]}),
+            optimizer=grown.optimizer,
+        ).restore(path).expect_partial()
+        new_head = grown.layers[1].kernel
+        if not late:
+            grown.optimizer.build(grown.trainable_variables)
+        old, new = model.layers[0].kernel, grown.layers[0].kernel
+        for slot in ("average", "momentum"):
+            np.testing.assert_array_equal(
+                grown.optimizer.get_slot(new, slot).numpy(), model.optimizer.get_slot(old, slot).numpy()
+            )
+        assert grown.optimizer.num_averaged == model.optimizer.num_averaged
+        np.testing.assert_array_equal(
+            grown.optimizer.get_slot(new_head, "average").numpy(), new_head.numpy()
+        )
+        fit_steps(grown, 2)
+
+    @both_generations
+    @pytest.mark.parametrize("form", [KerasFile, WeightsOfNewFormat, Arrays])
+    def test_arrays_that_do_not_fit_change_nothing(self, tmp_path, module, form):
+        model = self.model_of([3, 2], module)
+        fit_steps(model, 4)
+        state = model.optimizer.get_weights()
+        grown = self.model_of([3, 2, 1], module)
+        fit_steps(grown, 3)
+        before = state_of(grown)
+        if form is Arrays:
+            with pytest.raises(ValueError, match="Expected"):
+                grown.optimizer.set_weights(state)
+        else:
+            form.save(grown, str(tmp_path))
+            path = str(tmp_path) + form.name
+            with pytest.warns(UserWarning, match="not loaded"):
+                model.load_weights(path, skip_mismatch=True)
+            assert_same_bits(model.optimizer.get_weights(), state)
+        assert state_of(grown) == before
+
+    @with_loss_scaling
+    def test_file_of_a_plain_optimizer(self, tmp_path, loss_scaling):
+        plain = new_model(CURRENT.SGD(0.01, momentum=0.9), loss_scaling=loss_scaling)
+        fit_steps(plain, 3)
+        plain.save(str(tmp_path / "model.keras"))
+        optimizer = tfav.SWA(CURRENT.SGD(0.01, momentum=0.9), 0, 1)
+        model = new_model(optimizer, loss_scaling=loss_scaling)
+        fit_steps(model, 5)
+        with pytest.warns(UserWarning, match="without averages"):
+            model.load_weights(str(tmp_path / "model.keras"))
+        assert (optimizer.iterations, optimizer.num_averaged) == (3, 0)
+        fit_steps(plain, 2)
+        fit_steps(model, 2)
+        assert_same_bits(model.get_weights(), plain.get_weights())
+
+    @both_generations
+    def test_h5_gives_another_model_no_state(self, tmp_path, module):
+        """tf_keras refuses its weights, or loads by name those that fit, and never asks the optimizer."""
+        model = self.model_of([3, 2], module)
+        fit_steps(model, 4)
+        path = str(tmp_path / "model.h5")
+        model.save(path)
+        other = self.model_of([3, 2, 1], module)
+        fit_steps(other, 3)
+        before = state_of(other)
+        with pytest.raises(ValueError, match="layer"):
+            other.load_weights(path)
+        assert state_of(other) == before
+        other.load_weights(path, by_name=True)
+        np.testing.assert_array_equal(other.layers[0].kernel, model.layers[0].kernel)
+        assert state_of(other)["optimizer"] == before["optimizer"]
+        fit_steps(other, 1)
+
+    def test_file_without_an_optimizer(self):
+        model = self.model_of([1])
+        fit_steps(model, 5)
+        before = state_of(model)
+        with pytest.warns(UserWarning, match="no state"):
+            model.optimizer.load_own_variables({})
+        assert state_of(model) == before
+
+    def test_restore_of_a_checkpoint_from_before_the_first_step(self, tmp_path):
+        """It has no averages yet, and those of steps taken since must not stay."""
+        model = self.model_of([3, 1])
+        path = checkpoint_of(model).save(str(tmp_path / "ckpt"))
+        fit_steps(model, 4)
+        checkpoint_of(model).restore(path)
+        assert model.optimizer.num_averaged == 0
+        with model.optimizer.swapped_weights():
+            averages = model.get_weights()
+        assert_same_bits(averages, model.get_weights())
+
+    def test_early_save_does_not_fix_what_is_saved_later(self, tmp_path):
+        model = self.model_of([3, 1])
+        checkpoint = checkpoint_of(model)
+        checkpoint.save(str(tmp_path / "ckpt"))
+        fit_steps(model, 4)
+        path = checkpoint.save(str(tmp_path / "ckpt"))
+        resumed = self.model_of([3, 1])
+        checkpoint_of(resumed).restore(path)
+        fit_steps(model, 4)
+        fit_steps(resumed, 4)
+        assert state_of(resumed) == state_of(model)
