@@ -19,19 +19,23 @@ import json
 
 import pytest
 import tensorflow as tf
-import tf_keras
 
 import tf_averaging as tfav
+from tests import testing_utils
+from tests.testing_utils import CURRENT
+from tests.testing_utils import GENERATIONS
+from tests.testing_utils import KERAS
+from tests.testing_utils import LEGACY
+from tests.testing_utils import both_generations
+from tests.testing_utils import by_one_step
 
-CURRENT, LEGACY = tf_keras.optimizers, tf_keras.optimizers.legacy
 EMA, SWA = tfav.ExponentialMovingAverage, tfav.SWA
-schedules = tf_keras.optimizers.schedules
+schedules = KERAS.optimizers.schedules
 
 EVERY_INNER = {
     f"{generation}-{name}": cls
-    for generation, module in (("current", CURRENT), ("legacy", LEGACY))
-    for name, cls in vars(module).items()
-    if inspect.isclass(cls) and issubclass(cls, module.Optimizer) and cls is not module.Optimizer
+    for generation, module in GENERATIONS.items()
+    for name, cls in testing_utils.shipped_optimizers(module).items()
 }
 
 
@@ -39,77 +43,48 @@ def make_schedule():
     return schedules.PolynomialDecay(0.5, 100, 0.999)
 
 
-# What `get_config` must hold for each wrapper, beside the inner optimizer: the arguments given or their
-# defaults.
+# What `get_config` must hold beside the inner optimizer: the arguments given or their defaults.
+COMMON = {"trainable_weights_only": True, "average_dtype": None, "jit_compile": "auto"}
+OTHERS = {"trainable_weights_only": False, "average_dtype": "float64", "jit_compile": False}
 WRAPPERS = {
     "SWA": (
         lambda: SWA("sgd"),
-        {
-            "name": "SWA",
-            "start_averaging": 0,
-            "average_period": 10,
-            "sequential_update": True,
-            "trainable_weights_only": True,
-            "average_dtype": None,
-            "jit_compile": "auto",
-        },
+        dict(COMMON, name="SWA", start_averaging=0, average_period=10, sequential_update=True),
     ),
     "SWA, nothing by default": (
-        lambda: SWA(
-            CURRENT.AdamW(0.25, clipnorm=1.0),
-            3,
-            5,
-            "mine",
-            False,
-            trainable_weights_only=False,
-            average_dtype=tf.float64,
-            jit_compile=False,
-        ),
-        {
-            "name": "mine",
-            "start_averaging": 3,
-            "average_period": 5,
-            "sequential_update": False,
-            "trainable_weights_only": False,
-            "average_dtype": "float64",
-            "jit_compile": False,
-        },
+        lambda: SWA(CURRENT.AdamW(0.25, clipnorm=1.0), 3, 5, "mine", False, **OTHERS),
+        dict(OTHERS, name="mine", start_averaging=3, average_period=5, sequential_update=False),
     ),
     "EMA": (
         lambda: EMA("sgd"),
-        {
-            "name": "ExponentialMovingAverage",
-            "start_step": 0,
-            "average_period": 1,
-            "average_decay": 0.99,
-            "dynamic_decay": True,
-            "trainable_weights_only": True,
-            "average_dtype": None,
-            "jit_compile": "auto",
-        },
+        dict(
+            COMMON,
+            name="ExponentialMovingAverage",
+            start_step=0,
+            average_period=1,
+            average_decay=0.99,
+            dynamic_decay=True,
+        ),
     ),
     "EMA, nothing by default": (
         lambda: EMA(
             LEGACY.Adam(0.25, clipvalue=0.5, decay=0.125),
-            False,
-            0.5,
-            7,
-            False,
-            "mine",
+            average_decay=0.5,
+            start_step=7,
+            dynamic_decay=False,
+            name="mine",
             average_period=2,
-            average_dtype="float64",
+            **dict(OTHERS, average_dtype=tf.float64, jit_compile=True),
+        ),
+        dict(
+            OTHERS,
+            name="mine",
+            start_step=7,
+            average_period=2,
+            average_decay=0.5,
+            dynamic_decay=False,
             jit_compile=True,
         ),
-        {
-            "name": "mine",
-            "start_step": 7,
-            "average_period": 2,
-            "average_decay": 0.5,
-            "dynamic_decay": False,
-            "trainable_weights_only": False,
-            "average_dtype": "float64",
-            "jit_compile": True,
-        },
     ),
     "EMA with a schedule": (
         lambda: EMA(CURRENT.SGD(schedules.ExponentialDecay(0.1, 5, 0.5)), average_decay=make_schedule()),
@@ -159,12 +134,12 @@ def test_config_is_json(make, expected):
     assert json.loads(json.dumps(config)) == config
 
 
-@pytest.mark.parametrize("module", [CURRENT, LEGACY], ids=["current", "legacy"])
+@both_generations
 def test_config_is_json_after_training(module):
     """Once it trains, an optimizer's settings are variables."""
     optimizer = SWA(module.SGD(0.25, momentum=0.5), 0, 1, clipvalue=2.0)
     before = json.dumps(optimizer.get_config())
-    optimizer.apply_gradients([(tf.constant(1.0), tf.Variable(1.0))])
+    by_one_step(optimizer)
     assert json.dumps(optimizer.get_config()) == before
 
 
@@ -209,8 +184,8 @@ def test_every_inner_optimizer(name):
     inner = EVERY_INNER[name](learning_rate=0.25, name="inner")
 
     def load(optimizer):
-        text = json.dumps(tf_keras.saving.serialize_keras_object(optimizer))
-        return tf_keras.saving.deserialize_keras_object(json.loads(text))
+        text = json.dumps(KERAS.saving.serialize_keras_object(optimizer))
+        return KERAS.saving.deserialize_keras_object(json.loads(text))
 
     assert type(load(inner)) is type(inner)
     optimizer = SWA(inner, 1, 2)
@@ -220,7 +195,7 @@ def test_every_inner_optimizer(name):
     assert restored.get_config() == optimizer.get_config()
 
 
-@pytest.mark.parametrize("module", [CURRENT, LEGACY], ids=["current", "legacy"])
+@both_generations
 def test_settings_of_the_inner_optimizer_survive(module):
     """Whether given to it or to the wrapper."""
     schedule = schedules.CosineDecay(0.5, 10)
@@ -243,22 +218,17 @@ def test_restored_schedule_gives_the_decay():
     restored = round_trip(EMA("sgd", average_decay=make_schedule()))
     assert isinstance(restored.average_decay, schedules.PolynomialDecay)
     assert float(restored.average_decay(50)) == pytest.approx((0.5 + 0.999) / 2)
-    assert float(restored.averaging_weight(tf.constant(50, tf.int64))) == pytest.approx(
-        1 - (0.5 + 0.999) / 2
-    )
+    weight = restored.averaging_weight(tf.constant(50, tf.int64))
+    assert float(weight) == pytest.approx(1 - (0.5 + 0.999) / 2)
 
 
 def test_restored_optimizer_trains_alike():
-    weights = []
+    results = []
     for optimizer in (first := EMA(LEGACY.Adam(0.5), average_decay=0.5), round_trip(first)):
-        variable = tf.Variable([1.0, 2.0])
-        for _ in range(3):
-            optimizer.apply_gradients([(2 * variable, variable)])
-        weights.append(
-            variable.numpy().tolist() + optimizer.get_slot(variable, "average").numpy().tolist()
-        )
-    assert weights[0] == weights[1]
-    assert weights[0][:2] != [1.0, 2.0]
+        variable = by_one_step(optimizer, [1.0, 2.0], steps=3)
+        results.append([variable.numpy(), testing_utils.average_of(optimizer, variable)])
+    testing_utils.assert_same_bits(*results)
+    assert results[0][0].tolist() != [1.0, 2.0]
 
 
 # Registration.
@@ -268,12 +238,12 @@ def test_restored_optimizer_trains_alike():
 def test_registered_with_keras(cls):
     """So nothing that loads needs `custom_objects`."""
     name = f"tf_averaging>{cls.__name__}"
-    assert tf_keras.saving.get_registered_name(cls) == name
-    assert tf_keras.saving.get_registered_object(name) is cls
+    assert KERAS.saving.get_registered_name(cls) == name
+    assert KERAS.saving.get_registered_object(name) is cls
     assert CURRENT.serialize(cls("sgd"))["registered_name"] == name
 
 
-@tf_keras.saving.register_keras_serializable("tests_of_config")
+@KERAS.saving.register_keras_serializable("tests_of_config")
 class Halfway(tfav.AveragedOptimizerWrapper):
     """A user's scheme with an argument of its own."""
 
@@ -288,7 +258,7 @@ class Halfway(tfav.AveragedOptimizerWrapper):
         return {**super().get_config(), "share": self.share}
 
 
-@tf_keras.saving.register_keras_serializable("tests_of_config")
+@KERAS.saving.register_keras_serializable("tests_of_config")
 class MySGD(CURRENT.SGD):
     """A user's inner optimizer."""
 
@@ -316,7 +286,7 @@ def test_custom_objects_reach_the_inner_optimizer(how):
     if how == "deserialize":
         restored = round_trip(optimizer, custom)
     elif how == "scope":
-        with tf_keras.saving.custom_object_scope(custom):
+        with KERAS.saving.custom_object_scope(custom):
             restored = round_trip(optimizer)
     else:
         restored = EMA.from_config(optimizer.get_config(), custom)
@@ -329,11 +299,10 @@ def test_custom_objects_reach_the_inner_optimizer(how):
 @every_wrapper
 def test_compile_config(make, expected):
     """A model's clone, compiled as the model was, has an equal optimizer of its own."""
-    model = tf_keras.Sequential([tf_keras.layers.Dense(1, input_shape=(2,))])
     optimizer = make()
-    model.compile(optimizer, "mse")
+    model = testing_utils.new_model(optimizer)
     config = json.loads(json.dumps(model.get_compile_config()))
-    clone = tf_keras.models.clone_model(model)
+    clone = KERAS.models.clone_model(model)
     clone.compile_from_config(config)
     assert type(clone.optimizer) is type(optimizer)
     assert clone.optimizer is not optimizer
@@ -342,7 +311,7 @@ def test_compile_config(make, expected):
 
 def test_inside_loss_scaling():
     inside = SWA(CURRENT.Adam(0.25), 2, 3)
-    optimizer = tf_keras.mixed_precision.LossScaleOptimizer(inside, initial_scale=8.0)
+    optimizer = testing_utils.loss_scaled(inside)
     restored = round_trip(optimizer)
     assert restored.get_config() == optimizer.get_config()
     assert restored.inner_optimizer.get_config() == inside.get_config()
@@ -354,24 +323,16 @@ def test_inside_loss_scaling():
 @pytest.mark.parametrize(
     ("cls", "expected"),
     [
-        (
-            SWA,
-            {
-                "start_averaging": 0,
-                "average_period": 10,
-                "name": "SWA",
-                "sequential_update": True,
-            },
-        ),
+        (SWA, dict(start_averaging=0, average_period=10, name="SWA", sequential_update=True)),
         (
             EMA,
-            {
-                "trainable_weights_only": True,
-                "average_decay": 0.99,
-                "start_step": 0,
-                "dynamic_decay": True,
-                "name": "ExponentialMovingAverage",
-            },
+            dict(
+                trainable_weights_only=True,
+                average_decay=0.99,
+                start_step=0,
+                dynamic_decay=True,
+                name="ExponentialMovingAverage",
+            ),
         ),
     ],
 )

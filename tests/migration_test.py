@@ -11,19 +11,23 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The migration guide: each line that it gives averages as the formula that the predecessor documents.
+"""The migration guide: each line that it gives does what the formula says that the predecessor documents.
 
 The code is the guide's own, taken from its file. The formulas are written down here, in float64 NumPy.
 `weights[0]` are the initial weights, `weights[t + 1]` those after step `t`.
 """
 
+import math
+
 import numpy as np
 import pytest
 import tensorflow as tf
-import tf_keras
 
 import tf_averaging as tfav
 from tests import markdown_code
+from tests import numpy_averages
+from tests import testing_utils
+from tests.testing_utils import KERAS
 
 GUIDE = markdown_code.ROOT / "docs" / "migration.md"
 STEPS = 60
@@ -60,10 +64,11 @@ def tfm_ema(weights):
     return tfa_moving_average(weights)
 
 
-def tf_keras_ema(weights):
+def ema(weights, decay=0.9):
+    """From the first weights on."""
     average = weights[0]
     for now in weights[1:]:
-        average = 0.9 * average + (1 - 0.9) * now
+        average = decay * average + (1 - decay) * now
     return average
 
 
@@ -74,10 +79,7 @@ def torch_swa(weights):
 
 def torch_ema(weights):
     """The first update, after step 0, copies."""
-    average = weights[1]
-    for now in weights[2:]:
-        average = 0.999 * average + (1 - 0.999) * now
-    return average
+    return ema(weights[1:], 0.999)
 
 
 def mmengine_updates(weights, begin_iter=0, interval=1):
@@ -119,7 +121,7 @@ FORMULAS = [
     ("tfa.optimizers.MovingAverage", tfa_moving_average_static),
     ("tfa.callbacks.AverageModelCheckpoint", None),
     ("tfm.optimization.ExponentialMovingAverage", tfm_ema),
-    ("Keras use_ema", tf_keras_ema),
+    ("Keras use_ema", ema),
     ("Keras use_ema", None),
     ("Keras SwapEMAWeights", None),
     ("PyTorch swa_utils, SWA", torch_swa),
@@ -157,16 +159,15 @@ def gradient(weights, step):
 
 def train(optimizer):
     """A variable, and all the weights it had."""
-    variable, weights = tf.Variable(START), [START]
-
-    @tf.function
-    def apply(grad):
-        optimizer.apply_gradients([(grad, variable)])
-
-    for step in range(STEPS):
-        apply(tf.constant(gradient(weights[-1], step)))
-        weights.append(variable.numpy())
-    return variable, weights
+    run = testing_utils.train(
+        tf.distribute.get_strategy(),
+        lambda: optimizer,
+        lambda variables, noise: [variables[0] - TARGET + noise],
+        [START],
+        steps=[np.random.default_rng(step).normal(size=3) for step in range(STEPS)],
+        as_function=True,
+    )
+    return run.variables[0], [weights[0][0] for weights in run.history]
 
 
 def sgd(learning_rate):
@@ -222,70 +223,45 @@ def test_tfm_as_its_code_counts(start_step):
 
 def test_keras_3_starts_from_the_first_weights():
     """`momentum = 0` in the first step."""
-    optimizer = tfav.ExponentialMovingAverage("sgd", average_decay=0.9, start_step=1, dynamic_decay=False)
+    optimizer = numpy_averages.ema(0.9, start=1, dynamic=False).wrap("sgd")
     variable, weights = train(optimizer)
-    average = np.zeros(3)
-    for step, now in enumerate(weights[1:]):
-        momentum = 0.9 * (step != 0)
-        average = momentum * average + (1 - momentum) * now
-    np.testing.assert_allclose(optimizer.get_average(variable), average, rtol=1e-12)
+    np.testing.assert_allclose(optimizer.get_average(variable), ema(weights[1:]), rtol=1e-12)
 
 
 def test_num_updates_of_moving_average():
     """A constant decay, `min(decay, (1 + n) / (10 + n))`."""
     decay = min(0.99, (1 + 5) / (10 + 5))
-    optimizer = tfav.ExponentialMovingAverage("sgd", average_decay=decay, dynamic_decay=False)
+    optimizer = numpy_averages.ema(decay, dynamic=False).wrap("sgd")
     variable, weights = train(optimizer)
-    expected = tfa_moving_average(weights, decay=0.4, start_step=0, dynamic_decay=False)
-    np.testing.assert_allclose(optimizer.get_average(variable), expected, rtol=1e-12)
+    np.testing.assert_allclose(optimizer.get_average(variable), ema(weights, 0.4), rtol=1e-12)
 
 
 X = np.random.default_rng(0).normal(size=(12, 3)).astype(np.float32)
 Y = X @ TARGET.astype(np.float32)[:, np.newaxis]
 
 
-class Record(tf_keras.callbacks.Callback):
-    """Keeps the kernel, in float64, from before training and after each step."""
-
-    def on_train_begin(self, logs=None):
-        self.weights = [self._kernel()]
-
-    def on_train_batch_end(self, batch, logs=None):
-        self.weights.append(self._kernel())
-
-    def _kernel(self):
-        return self.model.trainable_variables[0].numpy().astype(np.float64)
-
-
 def linear_model(optimizer):
-    model = tf_keras.Sequential([tf_keras.layers.Dense(1, use_bias=False, input_shape=(3,))])
+    model = KERAS.Sequential([KERAS.layers.Dense(1, use_bias=False, input_shape=(3,))])
     model.compile(optimizer, "mse")
     return model
 
 
-def fit(model, callbacks, epochs):
-    """Two steps an epoch."""
-    return model.fit(
-        X, Y, batch_size=6, epochs=epochs, callbacks=callbacks, validation_data=(X, Y), verbose=0
-    ).history
-
-
-def ema(weights, decay=0.9):
-    average = weights[0]
-    for now in weights[1:]:
-        average = decay * average + (1 - decay) * now
-    return average
+def fit(model, callbacks):
+    """Three epochs of two steps. Returns the losses of validation, and all the kernels in float64."""
+    record = testing_utils.recorder()
+    options = {"batch_size": 6, "epochs": 3, "validation_data": (X, Y), "verbose": 0}
+    history = model.fit(X, Y, callbacks=[record, *callbacks], **options).history
+    return history["val_loss"], [weights[0][0].astype(np.float64) for weights in record.history]
 
 
 def test_average_model_checkpoint(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    record = Record()
-    model = linear_model(tfav.ExponentialMovingAverage("sgd", average_decay=0.9, dynamic_decay=False))
+    model = linear_model(numpy_averages.ema(0.9, dynamic=False).wrap("sgd"))
     checkpoint = names_of(after_block("tfa.callbacks.AverageModelCheckpoint"))["checkpoint"]
-    fit(model, [record, checkpoint], epochs=3)  # The loss falls, so each epoch is the best.
-    saved = tf_keras.models.load_model("model.keras").get_weights()[0]
-    np.testing.assert_allclose(saved, ema(record.weights), rtol=1e-5)
-    np.testing.assert_array_equal(model.get_weights()[0], record.weights[-1])
+    _, weights = fit(model, [checkpoint])  # The loss falls, so each epoch is the best.
+    saved = KERAS.models.load_model("model.keras").get_weights()[0]
+    np.testing.assert_allclose(saved, ema(weights), rtol=1e-5)
+    np.testing.assert_array_equal(model.get_weights()[0], weights[-1].astype(np.float32))
 
 
 def test_ema_overwrite_frequency():
@@ -306,10 +282,80 @@ def test_ema_overwrite_frequency():
 
 
 def test_swap_ema_weights():
-    record = Record()
-    model = linear_model(tfav.ExponentialMovingAverage("sgd", average_decay=0.9, dynamic_decay=False))
+    model = linear_model(numpy_averages.ema(0.9, dynamic=False).wrap("sgd"))
     callbacks = names_of(after_block("Keras SwapEMAWeights"))["callbacks"]
-    history = fit(model, [record, *callbacks], epochs=3)
-    losses = [np.mean((X @ ema(record.weights[: 2 * epoch + 3]) - Y) ** 2) for epoch in range(3)]
-    np.testing.assert_allclose(history["val_loss"], losses, rtol=1e-5)
-    np.testing.assert_allclose(model.get_weights()[0], ema(record.weights), rtol=1e-5)
+    val_loss, weights = fit(model, callbacks)
+    losses = [np.mean((X @ ema(weights[: 2 * epoch + 3]) - Y) ** 2) for epoch in range(3)]
+    np.testing.assert_allclose(val_loss, losses, rtol=1e-5)
+    np.testing.assert_allclose(model.get_weights()[0], ema(weights), rtol=1e-5)
+
+
+# PyTorch's `SWALR` and `update_bn`.
+
+
+def swa_learning_rates(before, swa_lr, swa_start, anneal_steps, strategy, steps):
+    """What a loop gets that steps its own scheduler until `swa_start`, and `SWALR` from there on."""
+    rates = []
+    for step in range(steps):
+        if step < swa_start:
+            rates.append(before(step))
+            continue
+        t = min(1.0, (step - swa_start) / anneal_steps) if anneal_steps else 1.0
+        alpha = (1 - math.cos(math.pi * t)) / 2 if strategy == "cos" else t
+        rates.append(swa_lr * alpha + before(swa_start) * (1 - alpha))
+    return rates
+
+
+@pytest.mark.parametrize("anneal_strategy", ["cos", "linear"])
+@pytest.mark.parametrize("anneal_steps", [0, 1, 10])
+@testing_utils.both_generations
+def test_swalr_with_swa(module, anneal_strategy, anneal_steps):
+    """The learning rate, the weights that it leads to, and their average."""
+    decay = KERAS.optimizers.schedules.ExponentialDecay(0.3, 10, 0.5)
+    schedule = tfav.schedules.ConstantLearningRate(decay, 0.05, 20, anneal_steps, anneal_strategy)
+    optimizer = tfav.SWA(module.SGD(schedule), start_averaging=20, average_period=3)
+    variable, _ = train(optimizer)
+    rates = swa_learning_rates(
+        lambda step: 0.3 * 0.5 ** (step / 10), 0.05, 20, anneal_steps, anneal_strategy, STEPS
+    )
+    weights = sgd(rates.__getitem__)
+    # Keras keeps learning rates in float32.
+    np.testing.assert_allclose(variable.numpy(), weights[-1], rtol=1e-5)
+    expected = np.mean(weights[21::3], axis=0)
+    np.testing.assert_allclose(optimizer.get_average(variable), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("anneal_strategy", ["cos", "linear"])
+def test_swalr_recursion_is_the_closed_form(anneal_strategy):
+    """`SWALR` undoes the last step's annealing to find the first learning rate, then anneals that."""
+
+    def anneal(t):
+        t = max(0.0, min(1.0, t))
+        return (1 - math.cos(math.pi * t)) / 2 if anneal_strategy == "cos" else t
+
+    swa_lr, steps, rate = 0.05, 7, 0.4
+    schedule = tfav.schedules.ConstantLearningRate(rate, swa_lr, 0, steps, anneal_strategy)
+    for step in range(1, 20):
+        before, now = anneal((step - 1) / steps), anneal(step / steps)
+        first = swa_lr if before == 1 else (rate - before * swa_lr) / (1 - before)
+        rate = swa_lr * now + first * (1 - now)
+        np.testing.assert_allclose(schedule(step).numpy(), rate, rtol=1e-6)
+
+
+def test_update_bn():
+    """PyTorch takes the means of the batches' statistics: of equal batches that gives the exact mean.
+
+    Its variance lacks what the means of the batches vary by, which ours has.
+    """
+    x = np.random.default_rng(0).normal(size=(60, 2)) + [[1.0, -4.0]]
+    model = KERAS.Sequential([KERAS.layers.BatchNormalization(input_shape=(2,))])
+    batches = x.reshape(6, 10, 2)
+    tfav.update_batch_norm(model, tf.data.Dataset.from_tensor_slices(batches), verbose=0)
+    layer = model.layers[0]
+    mean, variance = np.zeros(2), np.zeros(2)
+    for count, batch in enumerate(batches, 1):  # A cumulative moving average: momentum=None.
+        mean += (batch.mean(axis=0) - mean) / count
+        variance += (batch.var(axis=0) - variance) / count
+    np.testing.assert_allclose(layer.moving_mean.numpy(), mean, rtol=1e-6)
+    between = batches.mean(axis=1).var(axis=0)
+    np.testing.assert_allclose(layer.moving_variance.numpy(), variance + between, rtol=1e-5)
