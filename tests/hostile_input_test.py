@@ -23,18 +23,21 @@ import hypothesis
 import numpy as np
 import pytest
 import tensorflow as tf
-import tf_keras
 from hypothesis import strategies as st
 
 import tf_averaging as tfav
+from tests import testing_utils
+from tests.file_formats import checkpoint_of
+from tests.testing_utils import CURRENT
+from tests.testing_utils import KERAS
+from tests.testing_utils import LEGACY
+from tests.testing_utils import bits
 
 SETTINGS = {
     "deadline": None,
     "derandomize": True,
     "suppress_health_check": list(hypothesis.HealthCheck),
 }
-X = np.random.default_rng(0).normal(size=(16, 3)).astype(np.float32)
-Y = X[:, :1]
 
 SCALARS = st.one_of(
     st.none(),
@@ -52,10 +55,10 @@ VALUES = st.recursive(
     max_leaves=5,
 )
 OPTIMIZERS = {
-    "swa": lambda: tfav.SWA(tf_keras.optimizers.Adam(0.1)),
+    "swa": lambda: tfav.SWA(CURRENT.Adam(0.1)),
     "ema": lambda: tfav.ExponentialMovingAverage(
-        tf_keras.optimizers.legacy.SGD(0.1, momentum=0.9),
-        average_decay=tf_keras.optimizers.schedules.ExponentialDecay(0.9, 10, 0.9),
+        LEGACY.SGD(0.1, momentum=0.9),
+        average_decay=KERAS.optimizers.schedules.ExponentialDecay(0.9, 10, 0.9),
     ),
 }
 
@@ -90,10 +93,7 @@ def test_changed_configs(name, data):
         pass
     else:
         assert isinstance(optimizer, cls)
-        assert isinstance(
-            optimizer.inner_optimizer,
-            (tf_keras.optimizers.Optimizer, tf_keras.optimizers.legacy.Optimizer),
-        )
+        assert isinstance(optimizer.inner_optimizer, (CURRENT.Optimizer, LEGACY.Optimizer))
     assert repr(config) == repr(before)
 
 
@@ -135,8 +135,8 @@ def test_config_that_names_no_optimizer(inner):
 
 @pytest.mark.parametrize("name", ["iteration", "num_averaged", "first_step"])
 def test_number_that_fits_no_variable_changes_nothing(name):
-    optimizer, variable = tfav.SWA(tf_keras.optimizers.SGD(1.0), 0, 1), tf.Variable(1.0)
-    optimizer.apply_gradients([(tf.constant(1.0), variable)])
+    optimizer = tfav.SWA(CURRENT.SGD(1.0), 0, 1)
+    testing_utils.by_one_step(optimizer)
     before = state_of(optimizer)
     weights = [
         np.uint64(2**63 + 5) if name in v.name else v.numpy() + 1 if v.dtype == tf.int64 else v.numpy()
@@ -151,22 +151,20 @@ def test_number_that_fits_no_variable_changes_nothing(name):
 def saved(tmp_path_factory):
     """(a trained model, the directory with its files)"""
     directory = tmp_path_factory.mktemp("saved")
-    tf_keras.utils.set_random_seed(1)
-    model = tf_keras.Sequential([tf_keras.layers.Dense(2, input_shape=(3,)), tf_keras.layers.Dense(1)])
-    model.compile(tfav.SWA(tf_keras.optimizers.Adam(0.1), 0, 1), "mse")
-    model.fit(X, Y, epochs=3, batch_size=8, verbose=0)
+    model = testing_utils.new_model(tfav.SWA(CURRENT.Adam(0.1), 0, 1), units=(2, 1), inputs=3)
+    testing_utils.fit_steps(model, 3, inputs=3)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model.save(directory / "model.keras")
         model.save_weights(directory / "x.weights.h5")
         model.save(directory / "model.h5")
         model.save(directory / "model", save_format="tf")
-    tf.train.Checkpoint(model=model, optimizer=model.optimizer).write(str(directory / "ckpt"))
+    checkpoint_of(model).write(str(directory / "ckpt"))
     return model, directory
 
 
 def state_of(optimizer):
-    return [np.asarray(array).tobytes() for array in optimizer.get_weights()]
+    return bits(optimizer.get_weights())
 
 
 ARRAYS = st.one_of(
@@ -291,7 +289,7 @@ def test_loading_a_broken_model(saved, tmp_path_factory, name, data):
     path.write_bytes(content)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = try_to(lambda: tf_keras.models.load_model(str(path)))
+        model = try_to(lambda: KERAS.models.load_model(str(path)))
     if model is not None and isinstance(model.optimizer, tfav.SWA):
         model.optimizer.build(model.trainable_variables)
         # Steps, Adam's moments and the count are not zero in the file; the rest may look the same.
@@ -309,7 +307,7 @@ def test_loading_a_broken_saved_model(saved, tmp_path_factory, data):
     file.write_bytes(broken(data, file.read_bytes() or b"0"))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        try_to(lambda: tf_keras.models.load_model(str(path)))
+        try_to(lambda: KERAS.models.load_model(str(path)))
     shutil.rmtree(path)
 
 
@@ -321,7 +319,7 @@ def test_restoring_a_broken_checkpoint(saved, tmp_path_factory, suffix, data):
     for part in (".index", ".data-00000-of-00001"):
         content = (directory / ("ckpt" + part)).read_bytes()
         path.with_name(path.name + part).write_bytes(broken(data, content) if part == suffix else content)
-    checkpoint = tf.train.Checkpoint(model=model, optimizer=model.optimizer)
+    checkpoint = checkpoint_of(model)
     before = state_of(model.optimizer)
     try_to(lambda: checkpoint.read(str(path)).expect_partial())
     # TensorFlow may have restored a part of it. A good one restores all.

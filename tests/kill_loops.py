@@ -25,35 +25,23 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
 
 import numpy as np
 import tensorflow as tf
-import tf_keras
 
 import tf_averaging as tfav
+from tests import testing_utils
+from tests.testing_utils import BATCH
+from tests.testing_utils import KERAS
 
 STEPS = 12
-X = np.random.default_rng(0).normal(size=(STEPS, 8, 4)).astype(np.float32)
-Y = X[:, :, :1] - 2.0 * X[:, :, 1:2]
+X, Y = (data[: STEPS * BATCH].reshape(STEPS, BATCH, -1) for data in (testing_utils.X, testing_utils.Y))
 
 
 def new_model(scheme, loss_scaling=False):
-    tf_keras.utils.set_random_seed(1)
-    model = tf_keras.Sequential(
-        [
-            tf_keras.layers.Dense(5, input_shape=(4,)),
-            tf_keras.layers.BatchNormalization(),
-            tf_keras.layers.Dense(1),
-        ]
-    )
     if scheme == "swa":
-        averaging = tfav.SWA(tf_keras.optimizers.Adam(0.01), 1, 2, average_dtype="float64")
+        averaging = tfav.SWA(testing_utils.CURRENT.Adam(0.01), 1, 2, average_dtype="float64")
     else:
-        averaging = tfav.ExponentialMovingAverage(tf_keras.optimizers.legacy.Adam(0.01))
-    optimizer = averaging
-    if loss_scaling:
-        optimizer = tf_keras.mixed_precision.LossScaleOptimizer(
-            averaging, initial_scale=4.0, dynamic_growth_steps=3
-        )
-    model.compile(optimizer, "mse")
-    return model, averaging
+        averaging = tfav.ExponentialMovingAverage(testing_utils.LEGACY.Adam(0.01))
+    options = {"units": (5, 1), "batch_norm": True, "loss_scaling": loss_scaling}
+    return testing_utils.new_model(averaging, **options), averaging
 
 
 def write_result(model, optimizer, path):
@@ -125,7 +113,7 @@ def backup_after_steps(scheme, directory, result, about_to):
                 about_to.send("evaluate")
                 model.evaluate(x, y, batch_size=32, verbose=0)
 
-    backup = tf_keras.callbacks.BackupAndRestore(directory, save_freq=2, delete_checkpoint=False)
+    backup = KERAS.callbacks.BackupAndRestore(directory, save_freq=2, delete_checkpoint=False)
     fit(model, x, y, [Evaluate(about_to), backup], about_to)
     write_result(model, optimizer, result)
 
@@ -134,7 +122,7 @@ def backup_while_swapped(scheme, directory, result, about_to):
     """`fit` with `SwapAverageWeights`, which leaves the averages in the model for the backup to save."""
     model, optimizer = new_model(scheme)
     swap = tfav.callbacks.SwapAverageWeights(swap_on_epoch=True)
-    backup = tf_keras.callbacks.BackupAndRestore(directory, delete_checkpoint=False)
+    backup = KERAS.callbacks.BackupAndRestore(directory, delete_checkpoint=False)
     x, y = X[:4].reshape(-1, 4), Y[:4].reshape(-1, 1)
     fit(model, x, y, [Report(about_to), swap, backup], about_to)
     if optimizer.weights_swapped:
@@ -142,7 +130,7 @@ def backup_while_swapped(scheme, directory, result, about_to):
     write_result(model, optimizer, result)
 
 
-class Report(tf_keras.callbacks.Callback):
+class Report(KERAS.callbacks.Callback):
     def __init__(self, about_to):
         super().__init__()
         self._about_to = about_to

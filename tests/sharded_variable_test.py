@@ -16,9 +16,9 @@
 import numpy as np
 import pytest
 import tensorflow as tf
-import tf_keras
 
 import tf_averaging as tfav
+from tests import testing_utils
 
 WHOLE = np.arange(12.0).reshape(6, 2)
 
@@ -43,14 +43,13 @@ def whole(variable):
 
 
 def new_optimizer(average_dtype):
-    return tfav.SWA(tf_keras.optimizers.SGD(1.0), 0, 1, average_dtype=average_dtype)
+    return tfav.SWA(testing_utils.CURRENT.SGD(1.0), 0, 1, average_dtype=average_dtype)
 
 
 def trained(sizes, average_dtype, steps):
     variable, optimizer = sharded(sizes), new_optimizer(average_dtype)
     optimizer.shadow_copy([variable])
-    for _ in range(steps):
-        optimizer.apply_gradients([(tf.ones_like(shard), shard) for shard in shards_of(variable)])
+    testing_utils.descend(optimizer, shards_of(variable), steps=steps)
     return variable, optimizer
 
 
@@ -86,3 +85,17 @@ def test_checkpoint_does_not_depend_on_the_sharding(saved, restored, average_dty
     np.testing.assert_array_equal(whole(fresh), WHOLE - 3.0)
     np.testing.assert_array_equal(whole(resumed.get_slot(fresh, "average")), WHOLE - 2.0)
     assert resumed.num_averaged == 3
+
+
+def test_checkpoint_written_while_swapped_with_averages_of_another_dtype(tmp_path):
+    """Weights are then kept in another place, from which they come back."""
+    variable, optimizer = trained([4, 2], None, steps=3)
+    optimizer.swap_weights()
+    path = tf.train.Checkpoint(variable=variable, optimizer=optimizer).save(tmp_path / "checkpoint")
+    fresh, resumed = sharded([4, 2]), new_optimizer("float64")
+    resumed.shadow_copy([fresh])
+    tf.train.Checkpoint(variable=fresh, optimizer=resumed).restore(path)
+    np.testing.assert_array_equal(whole(fresh), WHOLE - 2.0)
+    resumed.swap_weights()
+    np.testing.assert_array_equal(whole(fresh), WHOLE - 3.0)
+    np.testing.assert_array_equal(resumed.get_average(fresh), WHOLE - 2.0)

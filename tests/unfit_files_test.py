@@ -88,29 +88,6 @@ class TestOtherAverageDtype:
         assert_same_bits(averages_of(other), [e.astype(restored or np.float32) for e in expected])
         fit_steps(other, 1)
 
-    def test_of_the_shards_of_a_variable(self, tmp_path):
-        def new(average_dtype):
-            shards = [tf.Variable([1.0, 2.0]), tf.Variable([3.0])]
-            variable = tf.__internal__.distribute.ShardedVariable(shards)
-            optimizer = tfav.SWA(CURRENT.SGD(1.0), 0, 1, average_dtype=average_dtype)
-            optimizer.shadow_copy([variable])
-            return tf.train.Checkpoint(optimizer=optimizer, variable=variable)
-
-        saved, restored = new(None), new("float64")
-        saved.optimizer.update_average(1.0)
-        for shard in saved.variable.variables:
-            shard.assign_add(tf.ones_like(shard))
-        saved.optimizer.update_average(0.5)
-        saved.optimizer.swap_weights()
-        restored.restore(saved.save(str(tmp_path / "ckpt")))
-        averages = tf.concat(restored.variable.variables, axis=0)
-        np.testing.assert_array_equal(averages, [1.5, 2.5, 3.5])
-        restored.optimizer.swap_weights()
-        weights = tf.concat(restored.variable.variables, axis=0)
-        np.testing.assert_array_equal(weights, [2.0, 3.0, 4.0])
-        average = restored.optimizer.get_average(restored.variable)
-        np.testing.assert_array_equal(average, [1.5, 2.5, 3.5])
-
     def test_that_was_restored_twice_before_the_variables_exist(self, tmp_path):
         """The newer checkpoint counts, whichever comes to the variables first."""
         paths = []

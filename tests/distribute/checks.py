@@ -29,6 +29,7 @@ import tensorflow as tf
 import tf_keras
 
 import tf_averaging as tfav
+from tests import numpy_averages
 
 STEPS = 5
 BATCH = 8  # On all replicas together.
@@ -104,11 +105,6 @@ def average_of(optimizer, variable: tf.Variable) -> np.ndarray:
     return same_on_all_replicas(optimizer.get_slot(variable, "average"))
 
 
-def wrapper_of(optimizer):
-    """The averaging optimizer, below a LossScaleOptimizer that `compile` may have added."""
-    return getattr(optimizer, "inner_optimizer", optimizer) if _scales_loss(optimizer) else optimizer
-
-
 def _scales_loss(optimizer) -> bool:
     return isinstance(optimizer, tf_keras.mixed_precision.LossScaleOptimizer)
 
@@ -116,38 +112,16 @@ def _scales_loss(optimizer) -> bool:
 # What is expected.
 
 
-def expected_average(recorded, start: int, period: int, weight: Callable[[int, int], float]):
-    """The average, from its definition; `recorded[t + 1]` are the weights after step t.
-
-    Args:
-      recorded: arrays, the first from before training.
-      start: first step that is averaged.
-      period: steps from one update to the next.
-      weight: function of the steps since `start` and the number of updates so far.
-    """
-    recorded = np.asarray(recorded, np.float64)
-    average = recorded[start]
-    for updates, step in enumerate(range(start, len(recorded) - 1, period)):
-        average = average + weight(step - start, updates) * (recorded[step + 1] - average)
-    return average
-
-
-def mean_weight(since_start: int, updates: int) -> float:
-    return 1.0 / (updates + 1)
-
-
-def ema_weight(since_start: int, updates: int) -> float:
-    """Of `ExponentialMovingAverage(average_decay=0.9)`."""
-    return 1.0 - min(0.9, (1 + since_start) / (10 + since_start))
-
-
 def swa(generation="current", **options):
-    return tfav.SWA(SGD[generation](0.02, momentum=0.9), 1, 2, **options), (1, 2, mean_weight)
+    scheme = numpy_averages.swa(1, 2)
+    return scheme.wrap(SGD[generation](0.02, momentum=0.9), **options), scheme
+
+
+EMA = numpy_averages.ema(0.9)
 
 
 def ema(generation="current", **options):
-    inner = SGD[generation](0.02, momentum=0.9)
-    return tfav.ExponentialMovingAverage(inner, average_decay=0.9, **options), (0, 1, ema_weight)
+    return EMA.wrap(SGD[generation](0.02, momentum=0.9), **options), EMA
 
 
 def assert_close(actual, expected, tolerance=2e-6) -> None:
@@ -159,7 +133,8 @@ def assert_close(actual, expected, tolerance=2e-6) -> None:
 def assert_averages(optimizer, variables, recorded, scheme) -> None:
     """The averages of all variables follow from the recorded weights, the same on all replicas."""
     for index, variable in enumerate(variables):
-        expected = expected_average([weights[index] for weights in recorded], *scheme)
+        weights = [values[index] for values in recorded]
+        expected = numpy_averages.expected_average(scheme, weights)
         assert_close(average_of(optimizer, variable), expected)
 
 
@@ -176,7 +151,7 @@ def new_model(strategy, batch_norm: Optional[type] = None, **options):
 
 
 def compiled(strategy, make, batch_norm: Optional[type] = None, **options):
-    """A model with an optimizer that `make` returns, and the numbers of its scheme."""
+    """A model with an optimizer that `make` returns, and its scheme."""
     model = new_model(strategy, batch_norm, **options)
     with strategy.scope():
         optimizer, scheme = make()
@@ -239,9 +214,8 @@ def fit_follows_one_device(strategy):
             for actual, value in zip(weights, expected):
                 assert_close(actual, value, tolerance=1e-5)
         assert_averages(optimizer, model.trainable_variables, recorded, scheme)
-        start, period, _ = scheme
         assert same_on_all_replicas(optimizer.iterations) == 2 * STEPS
-        assert optimizer.num_averaged == len(range(start, 2 * STEPS, period))
+        assert optimizer.num_averaged == len(numpy_averages.due_steps(scheme, 2 * STEPS))
         report("fit", [*model.variables, *optimizer.variables])
         for variable in model.trainable_variables:
             assert places(optimizer.get_slot(variable, "average")) == places(variable)
@@ -337,7 +311,7 @@ def _batch_norm_is_averaged(strategy, layer, **options):
         average = values(optimizer.get_slot(variable, "average"))
         expected.append(
             [
-                expected_average([step[index][replica] for step in own], *scheme)
+                numpy_averages.expected_average(scheme, [step[index][replica] for step in own])
                 for replica in range(len(average))
             ]
         )
@@ -787,7 +761,8 @@ def two_optimizers_in_one_step(strategy):
             [value.tobytes()] * len(values(v)) for v, value in zip(second.variables, second.recorded[-1])
         ]
         for index, variable in enumerate(first.variables):
-            expected = expected_average([weights[index] for weights in first.recorded], *first.scheme)
+            weights = [values[index] for values in first.recorded]
+            expected = numpy_averages.expected_average(first.scheme, weights)
             assert_close(same_on_all_replicas(variable), expected)
 
 

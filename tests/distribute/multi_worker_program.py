@@ -24,6 +24,7 @@ import tensorflow as tf
 import tf_keras
 
 import tf_averaging as tfav
+from tests import numpy_averages
 
 COLLECTIVE_SECONDS = 30.0  # How long a worker waits for one that does not come, where that is tested.
 UNEVEN = 37  # Examples: neither the batches nor the workers' shares of them are of one size.
@@ -87,7 +88,7 @@ def restore(strategy, directory):
         position = [v is variable for v in model.variables].index(True)
         average = np.asarray(saved[f"average{position}"], np.float64)
         for step in range(checks.STEPS):
-            weight = checks.ema_weight(checks.STEPS + step, 0)
+            weight = checks.EMA.weight(checks.STEPS + step, 0)
             average = average + weight * (recorded[step + 1][index] - average)
         checks.assert_close(checks.average_of(optimizer, variable), average)
     checks.report("restored", model.trainable_variables)
@@ -154,7 +155,7 @@ def validation_in_fit_sees_the_averages(strategy):
             for epoch, loss in enumerate(history):
                 steps = (epoch + 1) * checks.STEPS
                 averages = [
-                    checks.expected_average(values[: steps + 1], *scheme)
+                    numpy_averages.expected_average(scheme, values[: steps + 1])
                     for values in zip(*record.weights)
                 ]
                 np.testing.assert_allclose(loss, checks.loss_of(averages), rtol=1e-4)

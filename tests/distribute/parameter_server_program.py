@@ -28,6 +28,7 @@ import tensorflow as tf
 import tf_keras
 
 import tf_averaging as tfav
+from tests import numpy_averages
 from tf_averaging import average_ops
 
 STEPS = 5
@@ -98,11 +99,11 @@ def serial_training(strategy, model, count=EXACT_STEPS, variables=None):
 def fit_with_a_dataset_function(strategy):
     """Every asynchronous step is counted, and the averages lie with the variables, sharded as they."""
     for make in (ema_of_all, lambda: checks.swa("legacy")):
-        model, optimizer, (start, period, _) = checks.compiled(strategy, make)
+        model, optimizer, scheme = checks.compiled(strategy, make)
         optimizer.shadow_copy(model)
         fit(model)
         assert optimizer.iterations.numpy() == STEPS
-        if (start, period) == (0, 1):
+        if scheme.period == 1:
             assert optimizer.num_averaged == STEPS
         for variable in model.trainable_variables:
             average = optimizer.get_slot(variable, "average")
@@ -110,7 +111,7 @@ def fit_with_a_dataset_function(strategy):
             assert "/job:ps" in average.device
             assert average.shape == variable.shape
             # With a longer period two workers that begin the same step may both pass over the update.
-            assert period > 1 or not np.array_equal(average.numpy(), variable.numpy())
+            assert scheme.period > 1 or not np.array_equal(average.numpy(), variable.numpy())
         kernel = model.layers[0].kernel
         whole = optimizer.get_slot(kernel, "average")
         assert whole.shape == kernel.shape
@@ -130,8 +131,7 @@ def coordinator_loop_follows_numpy(strategy):
         model, optimizer, scheme = checks.compiled(strategy, make)
         recorded = serial_training(strategy, model)
         checks.assert_averages(optimizer, model.trainable_variables, recorded, scheme)
-        start, period, _ = scheme
-        assert optimizer.num_averaged == len(range(start, EXACT_STEPS, period))
+        assert optimizer.num_averaged == len(numpy_averages.due_steps(scheme, EXACT_STEPS))
         recorded = [whole_weights(model, weights) for weights in recorded]
         for weights, expected in zip(recorded, one_device_weights(make, recorded[0])):
             for actual, value in zip(weights, expected):
@@ -333,7 +333,8 @@ def validation_in_fit_sees_the_averages(strategy):
                 np.testing.assert_array_equal(value, same)
         for epoch, loss in enumerate(history["val_loss"], start=1):
             averages = [
-                checks.expected_average(values[: epoch + 1], *scheme) for values in zip(*trained.weights)
+                numpy_averages.expected_average(scheme, values[: epoch + 1])
+                for values in zip(*trained.weights)
             ]
             np.testing.assert_allclose(loss, checks.loss_of(averages), rtol=1e-4)
             expected = averages if swap_on_epoch else trained.weights[epoch]

@@ -19,7 +19,7 @@ import pytest
 import tensorflow as tf
 import tf_keras
 
-import tf_averaging as tfav
+from tests import numpy_averages
 
 
 class Halves(tf_keras.Model):
@@ -45,7 +45,7 @@ class Halves(tf_keras.Model):
 
 
 def compiled(make, batch_norm=False):
-    """A model on two devices, with an optimizer that `make` returns, and the numbers of its scheme."""
+    """A model on two devices, with an optimizer that `make` returns, and its scheme."""
     tf_keras.utils.set_random_seed(1)
     model = Halves(batch_norm)
     model(checks.X[0])
@@ -102,9 +102,7 @@ def compiled_calls(graph):
 def test_each_device_folds_its_own_variables():
     model = Halves()
     model(checks.X[0])
-    optimizer = tfav.ExponentialMovingAverage(
-        tf_keras.optimizers.SGD(0.02), average_decay=0.9, jit_compile=True
-    )
+    optimizer = checks.EMA.wrap(tf_keras.optimizers.SGD(0.02), jit_compile=True)
     model.compile(optimizer, "mse")
     recorded = [model.get_weights()]
     for x, y in zip(checks.X, checks.Y):
@@ -115,9 +113,7 @@ def test_each_device_folds_its_own_variables():
         average = optimizer.get_slot(variable, "average")
         assert average.device == variable.device
         devices.append(tf.DeviceSpec.from_string(variable.device).device_index)
-        expected = checks.expected_average(
-            [weights[index] for weights in recorded], 0, 1, checks.ema_weight
-        )
+        expected = numpy_averages.expected_average(checks.EMA, [weights[index] for weights in recorded])
         checks.assert_close(average.numpy(), expected)
     assert devices == [0, 0, 1, 1]
 
@@ -143,8 +139,7 @@ def test_custom_loop(make, generation):
     model, optimizer, scheme = compiled(lambda: make(generation))
     recorded = custom_loop(model)
     assert_averages_beside(optimizer, model.trainable_variables, recorded, scheme)
-    start, period, _ = scheme
-    assert optimizer.num_averaged == len(range(start, checks.STEPS, period))
+    assert optimizer.num_averaged == len(numpy_averages.due_steps(scheme, checks.STEPS))
     with optimizer.swapped_weights():
         state = checks.all_bits(model.variables, optimizer.variables)
         with pytest.raises(tf.errors.InvalidArgumentError, match=checks.GUARD):
