@@ -227,30 +227,37 @@ def test_swapped_weights_before_any_average_exists():
         pytest.fail("The block must not run.")
 
 
-def test_assigning_where_nothing_has_an_average():
-    optimizer, _ = trained()
-    foreign = tf.Variable(5.0, name="stranger")
-    with pytest.raises(ValueError, match="none has one: .*stranger"):
-        optimizer.assign_average_vars([foreign])
-    with pytest.raises(ValueError, match="none has one"):
-        optimizer.assign_average_vars([])
-    assert foreign.numpy() == 5
+STRANGER = tf.Variable(5.0, name="stranger")
+OWN = object()  # The variable that the optimizer averages.
+WEIGHTS = [-0.1, 1.1, 2, float("nan"), np.float64(2), np.float32(2)]
 
 
-@pytest.mark.parametrize("rubbish", [3, None], ids=repr)
-def test_assigning_to_rubbish(rubbish):
-    optimizer, _ = trained()
-    with pytest.raises(TypeError, match="Expected a list of variables"):
-        optimizer.assign_average_vars(rubbish)
-
-
-@pytest.mark.parametrize("weight", [-0.1, 1.1, 2, float("nan"), np.float64(2), np.float32(2)], ids=repr)
-def test_update_average_with_weight_out_of_range(weight):
+@pytest.mark.parametrize(
+    ("method", "arguments", "error", "message"),
+    [
+        ("assign_average_vars", [[STRANGER]], ValueError, "none has one: .*stranger"),
+        ("assign_average_vars", [[]], ValueError, "none has one"),
+        *(("assign_average_vars", [x], TypeError, "Expected a list of variables") for x in (3, None)),
+        *(("update_average", [x], ValueError, "Expected `weight` from 0 to 1") for x in WEIGHTS),
+        # A KeyError: `tf.train.Checkpoint` relies on the type.
+        ("get_slot", [STRANGER, "average"], KeyError, "'stranger:0' has no average"),
+        *(("get_slot", [x, "average"], KeyError, None) for x in (None, "x", 3)),
+        ("get_slot", [OWN, "momentum"], KeyError, "Expected 'average'.*slot_name='momentum'"),
+        ("add_slot", [OWN, "momentum"], ValueError, "`add_slot` is for legacy inner optimizers"),
+        ("add_slot", [OWN, "average", "ones"], ValueError, "starts from the variable's own value"),
+        ("add_weight", ["counter", []], ValueError, "`add_weight` is for legacy inner optimizers"),
+    ],
+)
+def test_call_that_makes_no_sense(method, arguments, error, message):
     optimizer, variable = trained()
-    before = bits([variable, *optimizer.variables])
-    with pytest.raises(ValueError, match="Expected `weight` from 0 to 1"):
-        optimizer.update_average(weight)
-    assert bits([variable, *optimizer.variables]) == before
+
+    arguments = [variable if argument is OWN else argument for argument in arguments]
+    before = bits([variable, STRANGER, *optimizer.variables])
+    averages = optimizer.get_average(variable).numpy()
+    with pytest.raises(error, match=message):
+        getattr(optimizer, method)(*arguments)
+    assert bits([variable, STRANGER, *optimizer.variables]) == before
+    np.testing.assert_array_equal(optimizer.get_average(variable), averages)
 
 
 @both_modes
@@ -283,19 +290,16 @@ def keras_3_model():
     return keras_3.Sequential([keras_3.layers.Input((2,)), keras_3.layers.Dense(1)])
 
 
+NO_WEIGHTS = ["model", [], [tf.constant(1.0)], [tf.Variable(1)], [tf.Variable("a"), tf.Variable(True)]]
+
+
 @pytest.mark.parametrize(
     ("rubbish", "error", "message"),
     [
         *((rubbish, TypeError, "Expected a model or a list of variables") for rubbish in (42, None)),
         *(
             (rubbish, ValueError, "Expected floating-point or complex variables")
-            for rubbish in (
-                [],
-                "model",
-                [tf.constant(1.0)],
-                [tf.Variable(1)],
-                [tf.Variable("a"), tf.Variable(True)],
-            )
+            for rubbish in NO_WEIGHTS
         ),
     ],
 )
@@ -447,20 +451,12 @@ def test_apply_gradients_in_cross_replica_context(wrap, mirrored_strategy):
     assert not optimizer.has_shadow_copy
 
 
-@pytest.mark.parametrize(
-    "pairs",
-    [
-        3,
-        None,
-        [1.0, 2.0],
-        [tf.constant([1.0, 2.0])],
-        [(tf.constant(1.0),)],
-        [(tf.constant(1.0), tf.Variable(1.0), 1)],
-        [(tf.Variable(1.0), tf.constant(1.0))],
-        [(tf.constant(1.0), "weight")],
-    ],
-    ids=["int", "None", "numbers", "tensor", "single", "triple", "reversed", "string"],
-)
+GRADIENT, WEIGHT = tf.constant(1.0), tf.Variable(1.0)
+SINGLE, TRIPLE, REVERSED = (GRADIENT,), (GRADIENT, WEIGHT, 1), (WEIGHT, GRADIENT)
+OTHERS = [3, None, [1.0, 2.0], [tf.constant([1.0, 2.0])], [(GRADIENT, "weight")]]
+
+
+@pytest.mark.parametrize("pairs", [*OTHERS, [SINGLE], [TRIPLE], [REVERSED]])
 @both_generations
 def test_malformed_pairs(module, pairs):
     optimizer = SWA(module.SGD(0.1))
@@ -595,33 +591,18 @@ def test_current_generation_in_tf1_graph():
 
 
 @both_generations
-def test_slot_of_foreign_variable(module):
-    """A KeyError: `tf.train.Checkpoint` relies on the type."""
-    optimizer, _ = trained(module.SGD(0.1))
-    with pytest.raises(KeyError, match="'stranger:0' has no average"):
-        optimizer.get_slot(tf.Variable(1.0, name="stranger"), "average")
+def test_slot_before_any_average_exists(module):
     with pytest.raises(KeyError, match="has no average"):
-        SWA("sgd").get_slot(tf.Variable(1.0), "average")
+        SWA(module.SGD()).get_slot(tf.Variable(1.0), "average")
 
 
-def test_unknown_slot():
-    optimizer, variable = trained(CURRENT.SGD(0.1, momentum=0.9))
-    with pytest.raises(KeyError, match="Expected 'average'.*slot_name='momentum'"):
-        optimizer.get_slot(variable, "momentum")
-    legacy, variable = trained(LEGACY.SGD(0.1, momentum=0.9))
-    assert legacy.get_slot(variable, "momentum").shape == variable.shape
+def test_unknown_slot_with_legacy_inside():
+    optimizer, variable = trained(LEGACY.SGD(0.1, momentum=0.9))
+    assert optimizer.get_slot(variable, "momentum").shape == variable.shape
     with pytest.raises(KeyError, match="no_such_slot"):
-        legacy.get_slot(variable, "no_such_slot")
-
-
-def test_adding_slots_and_weights_that_nobody_can_hold():
-    optimizer, variable = trained()
-    with pytest.raises(ValueError, match="`add_slot` is for legacy inner optimizers"):
-        optimizer.add_slot(variable, "momentum")
-    with pytest.raises(ValueError, match="`add_weight` is for legacy inner optimizers"):
-        optimizer.add_weight("counter", [])
-    with pytest.raises(ValueError, match="An average starts from the variable's own value"):
-        optimizer.add_slot(variable, "average", initializer="ones")
+        optimizer.get_slot(variable, "no_such_slot")
+    with pytest.raises(KeyError, match="'stranger:0' has no average"):
+        optimizer.get_slot(STRANGER, "average")
 
 
 def test_exclude_from_weight_decay_with_legacy_inside():
@@ -663,12 +644,11 @@ def test_variable_that_appears_after_build_with_current_generation_inside():
     """Bare, a current-generation optimizer refuses it; and then no average may have moved."""
     optimizer, variable = trained()
     new = tf.Variable(1.0)
-    before = [average_of(optimizer, variable), new.numpy(), 2, 2]
+    unmoved = [optimizer.get_slot(variable, "average"), new, optimizer.iterations, optimizer.num_averaged]
+    before = bits(unmoved)
     with pytest.raises(KeyError, match="optimizer cannot recognize variable"):
-        optimizer.apply_gradients([(tf.constant(1.0), variable), (tf.constant(1.0), new)])
-    average = optimizer.get_slot(variable, "average")
-    for actual, expected in zip([average, new, optimizer.iterations, optimizer.num_averaged], before):
-        np.testing.assert_array_equal(actual, expected)
+        optimizer.apply_gradients([(tf.ones([2]), variable), (tf.constant(1.0), new)])
+    assert bits(unmoved) == before
 
 
 class TestWhatHooksReturn:
@@ -704,12 +684,6 @@ class TestWhatHooksReturn:
         assert average_of(optimizer, variable) == 2.0
         optimizer.update_average(tf.constant(1.0))
         assert average_of(optimizer, variable) == 1.0
-
-
-@pytest.mark.parametrize("thing", [None, "x", 3], ids=repr)
-def test_slot_of_no_variable(thing):
-    with pytest.raises(KeyError):
-        trained()[0].get_slot(thing, "average")
 
 
 @pytest.mark.parametrize("value", [3, "words", True], ids=repr)

@@ -63,7 +63,7 @@ class Inner(NamedTuple):
     options: Dict[str, Any]
 
     def __call__(self):
-        return self.cls(learning_rate=0.1, **self.options)
+        return self.cls(**{"learning_rate": 0.1, **self.options})
 
     def __str__(self):
         generation = "legacy" if issubclass(self.cls, LEGACY.Optimizer) else "current"
@@ -194,26 +194,34 @@ def test_other_scheme_in_eager_mode_and_function(strategy, module, scheme):
 # What surrounds the inner optimizer's arithmetic.
 
 
+CLIPPING = [{"clipnorm": 0.3}, {"clipvalue": 0.1}, {"global_clipnorm": 0.5}]
+SETTINGS = [
+    *(
+        Inner(module.SGD, {"learning_rate": KERAS.optimizers.schedules.ExponentialDecay(0.2, 2, 0.5)})
+        for module in (CURRENT, LEGACY)
+    ),
+    Inner(LEGACY.SGD, {"decay": 0.3}),
+    *(Inner(cls, {"weight_decay": 0.1}) for cls in (CURRENT.SGD, CURRENT.Adam, CURRENT.AdamW)),
+    *(Inner(module.Adagrad, option) for module in (CURRENT, LEGACY) for option in CLIPPING),
+]
+DENSE_AND_SPARSE_RUN = {"values": DENSE_AND_SPARSE, "steps": 3}
+
+
+@pytest.mark.parametrize("inner", SETTINGS, ids=lambda inner: f"{inner}"[:40])
+def test_settings_of_the_inner_optimizer(inner, strategy):
+    """Each has an effect, and the same one with averaging."""
+    bare, _ = check(strategy, inner, EMA, **DENSE_AND_SPARSE_RUN)
+    without = testing_utils.train(strategy, Inner(inner.cls, {}), **DENSE_AND_SPARSE_RUN)
+    assert differ(bare, without)
+
+
+@pytest.mark.parametrize("option", CLIPPING, ids=str)
 @both_generations
-def test_learning_rate_schedule(module, strategy):
-    def make_inner():
-        return module.SGD(KERAS.optimizers.schedules.ExponentialDecay(0.2, 2, 0.5), momentum=0.5)
+def test_clipping_given_to_the_wrapper(module, option, strategy):
+    def wrap():
+        return EMA.wrap(module.Adagrad(0.1), **option)
 
-    scheduled, _ = check(strategy, make_inner, EMA)
-    assert differ(scheduled, testing_utils.train(strategy, lambda: module.SGD(0.2, momentum=0.5)))
-
-
-def test_legacy_decay(strategy):
-    bare, _ = check(strategy, lambda: LEGACY.SGD(0.1, decay=0.3), EMA)
-    assert differ(bare, testing_utils.train(strategy, lambda: LEGACY.SGD(0.1)))
-
-
-@pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW"])
-def test_weight_decay(name, strategy):
-    bare, _ = check(strategy, lambda: getattr(CURRENT, name)(0.1, weight_decay=0.1), SWA)
-    assert differ(
-        bare, testing_utils.train(strategy, lambda: getattr(CURRENT, name)(0.1, weight_decay=0))
-    )
+    check(strategy, Inner(module.Adagrad, option), EMA, wrap=wrap, **DENSE_AND_SPARSE_RUN)
 
 
 @pytest.mark.parametrize("by", ["var_names", "var_list"])
@@ -243,34 +251,6 @@ def test_exclude_from_weight_decay(by, strategy):
     assert excluded != decayed
 
 
-CLIPPING = [("clipnorm", 0.3), ("clipvalue", 0.1), ("global_clipnorm", 0.5)]
-every_clipping = pytest.mark.parametrize(("option", "value"), CLIPPING)
-
-
-@every_clipping
-@both_generations
-def test_clipping_by_the_inner_optimizer(module, option, value, strategy):
-    bare, _ = check(
-        strategy, lambda: module.Adagrad(0.1, **{option: value}), EMA, values=DENSE_AND_SPARSE, steps=3
-    )
-    assert differ(
-        bare, testing_utils.train(strategy, lambda: module.Adagrad(0.1), values=DENSE_AND_SPARSE, steps=3)
-    )
-
-
-@every_clipping
-@both_generations
-def test_clipping_given_to_the_wrapper(module, option, value, strategy):
-    check(
-        strategy,
-        lambda: module.Adagrad(0.1, **{option: value}),
-        EMA,
-        wrap=lambda: EMA.wrap(module.Adagrad(0.1), **{option: value}),
-        values=DENSE_AND_SPARSE,
-        steps=3,
-    )
-
-
 @both_generations
 def test_constraint(module, strategy):
     options = {"values": [testing_utils.KERNEL, testing_utils.BIAS]}
@@ -284,13 +264,8 @@ def test_kernel_constraint_in_fit(module):
     def build_model():
         return testing_utils.new_model(kernel_constraint="non_neg")
 
-    _, wrapped = check(
-        tf.distribute.get_strategy(),
-        lambda: module.SGD(0.1),
-        SWA,
-        testing_utils.fit,
-        build_model=build_model,
-    )
+    default, inner = tf.distribute.get_strategy(), Inner(module.SGD, {})
+    _, wrapped = check(default, inner, SWA, testing_utils.fit, build_model=build_model)
     assert wrapped.history[-1][0].min() == 0
 
 
@@ -333,25 +308,17 @@ def test_embedding(strategy, module, scheme):
     )
 
 
+@pytest.mark.parametrize("every", [1, 2])
 @both_generations
-def test_none_gradients(module, strategy):
-    def gradients(variables, step):
-        kernel, table, _, scalar = testing_utils.gradients_of_loss(variables, step)
-        return [kernel, table, None, scalar]
-
-    check(strategy, lambda: module.SGD(0.1, momentum=0.9), EMA, gradients=gradients, untrained=[2])
-
-
-@both_generations
-def test_gradient_that_is_none_on_some_steps(module, strategy):
-    """All variables fold on a due step, with or without a gradient in it."""
+def test_gradients_that_are_none(module, every, strategy):
+    """On all steps or on some. All variables fold on a due step, with or without a gradient in it."""
 
     def gradients(variables, step):
-        first, second = testing_utils.gradients_of_loss(variables, step)
-        return [first, second if step % 2 == 0 else None]
+        kernel, table, bias, scalar = testing_utils.gradients_of_loss(variables, step)
+        return [kernel, table, None if step % every == 0 else bias, scalar]
 
-    values = [testing_utils.KERNEL, testing_utils.BIAS]
-    check(strategy, lambda: module.SGD(0.1), EMA, gradients=gradients, values=values)
+    inner = Inner(module.SGD, {"momentum": 0.9})
+    check(strategy, inner, EMA, gradients=gradients, untrained=[2] if every == 1 else [])
 
 
 @both_generations
@@ -366,15 +333,10 @@ def test_scalar_and_empty_variables(module, strategy):
 def test_variable_large_enough_for_the_compiled_fold(module, strategy):
     """The XLA-compiled fold reads the weights and writes none."""
     values = [np.linspace(-1, 1, 1 << 15, dtype=np.float32).reshape(128, 256), testing_utils.BIAS]
+    inner = Inner(module.SGD, {"momentum": 0.9})
     for jit_compile in ("auto", False):
-        check(
-            strategy,
-            lambda: module.SGD(0.1, momentum=0.9),
-            EMA,
-            wrap=lambda j=jit_compile: EMA.wrap(module.SGD(0.1, momentum=0.9), jit_compile=j),
-            values=values,
-            steps=3,
-        )
+        wrap = lambda jit=jit_compile: EMA.wrap(inner(), jit_compile=jit)  # noqa: E731
+        check(strategy, inner, EMA, wrap=wrap, values=values, steps=3)
 
 
 def pull(variables, step):
@@ -401,13 +363,8 @@ COMPLEX = [testing_utils.KERNEL.astype(dtype) * dtype(1 - 2j) for dtype in (np.c
 
 @both_generations
 def test_complex_variables(module):
-    _, wrapped = check(
-        tf.distribute.get_strategy(),
-        Inner(module.SGD, {"momentum": 0.5}),
-        EMA,
-        gradients=pull,
-        values=COMPLEX,
-    )
+    default, inner = tf.distribute.get_strategy(), Inner(module.SGD, {"momentum": 0.5})
+    _, wrapped = check(default, inner, EMA, gradients=pull, values=COMPLEX)
     for variable in wrapped.variables:
         assert wrapped.optimizer.get_slot(variable, "average").dtype == variable.dtype
 
