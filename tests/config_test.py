@@ -27,7 +27,7 @@ from tests.testing_utils import GENERATIONS
 from tests.testing_utils import KERAS
 from tests.testing_utils import LEGACY
 from tests.testing_utils import both_generations
-from tests.testing_utils import by_one_step
+from tests.testing_utils import trained_variable
 
 EMA, SWA = tfav.ExponentialMovingAverage, tfav.SWA
 schedules = KERAS.optimizers.schedules
@@ -139,7 +139,7 @@ def test_config_is_json_after_training(module):
     """Once it trains, an optimizer's settings are variables."""
     optimizer = SWA(module.SGD(0.25, momentum=0.5), 0, 1, clipvalue=2.0)
     before = json.dumps(optimizer.get_config())
-    by_one_step(optimizer)
+    trained_variable(optimizer)
     assert json.dumps(optimizer.get_config()) == before
 
 
@@ -225,7 +225,7 @@ def test_restored_schedule_gives_the_decay():
 def test_restored_optimizer_trains_alike():
     results = []
     for optimizer in (first := EMA(LEGACY.Adam(0.5), average_decay=0.5), round_trip(first)):
-        variable = by_one_step(optimizer, [1.0, 2.0], steps=3)
+        variable = trained_variable(optimizer, [1.0, 2.0], steps=3)
         results.append([variable.numpy(), testing_utils.average_of(optimizer, variable)])
     testing_utils.assert_same_bits(*results)
     assert results[0][0].tolist() != [1.0, 2.0]

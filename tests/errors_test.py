@@ -26,8 +26,8 @@ from tests.testing_utils import LEGACY
 from tests.testing_utils import average_of
 from tests.testing_utils import bits
 from tests.testing_utils import both_generations
-from tests.testing_utils import by_one_step
 from tests.testing_utils import descend
+from tests.testing_utils import trained_variable
 
 EMA, SWA = tfav.ExponentialMovingAverage, tfav.SWA
 both_wrappers = pytest.mark.parametrize("wrap", [SWA, EMA])
@@ -37,7 +37,7 @@ both_modes = pytest.mark.parametrize("as_function", [False, True], ids=["eager",
 def trained(inner=None):
     """A wrapper that has averaged, and its variable."""
     optimizer = SWA(inner or CURRENT.SGD(0.1, momentum=0.9), average_period=1)
-    return optimizer, by_one_step(optimizer, [1.0, 2.0], steps=2)
+    return optimizer, trained_variable(optimizer, [1.0, 2.0], steps=2)
 
 
 def user_scheme(averaging_weight=None, average_op=None):
@@ -673,14 +673,14 @@ class TestWhatHooksReturn:
 
     def test_averaging_weight_of_wrong_shape(self):
         with pytest.raises(ValueError, match="`averaging_weight` to be a scalar"):
-            by_one_step(user_scheme(lambda *clock: [0.5, 0.25])("sgd"), [1.0, 2.0])
+            trained_variable(user_scheme(lambda *clock: [0.5, 0.25])("sgd"), [1.0, 2.0])
 
     @pytest.mark.parametrize(
         "weight", [0.5, np.float32(0.5), tf.constant(0.5), tf.constant(0.5, tf.float64)]
     )
     def test_averaging_weight_may_be_any_number(self, weight):
         optimizer = user_scheme(lambda *clock: weight)(CURRENT.SGD(1.0))
-        variable = by_one_step(optimizer, 3.0, 2.0)
+        variable = trained_variable(optimizer, 3.0, 2.0)
         assert average_of(optimizer, variable) == 2.0
         optimizer.update_average(tf.constant(1.0))
         assert average_of(optimizer, variable) == 1.0

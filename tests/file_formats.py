@@ -41,6 +41,11 @@ def state_of(model, with_statistics: bool = True) -> dict:
     return {name: bits(arrays) for name, arrays in state.items()}
 
 
+def keras_of(model):
+    """The Keras that a model is of: the only one so far."""
+    return KERAS
+
+
 def checkpoint_of(model) -> tf.train.Checkpoint:
     return tf.train.Checkpoint(model=model, optimizer=model.optimizer)
 
@@ -128,7 +133,7 @@ class KerasFile:
     @classmethod
     def resume(cls, model, path):
         with model.distribute_strategy.scope():
-            return KERAS.models.load_model(path + cls.name)
+            return keras_of(model).models.load_model(path + cls.name)
 
 
 class H5File(KerasFile):
@@ -168,7 +173,7 @@ class ModelCheckpoint(KerasFile):
 
     @classmethod
     def save(cls, model, path):
-        saver = KERAS.callbacks.ModelCheckpoint(path + cls.name, **cls.options)
+        saver = keras_of(model).callbacks.ModelCheckpoint(path + cls.name, **cls.options)
         saver.set_model(model)
         saver.on_epoch_end(0)
 
@@ -198,7 +203,7 @@ class Backup:
 
 @contextlib.contextmanager
 def in_training(model, path):
-    backup = KERAS.callbacks.BackupAndRestore(path, delete_checkpoint=False)
+    backup = keras_of(model).callbacks.BackupAndRestore(path, delete_checkpoint=False)
     backup.set_model(model)
     with model.distribute_strategy.scope():
         backup.on_train_begin()

@@ -28,8 +28,8 @@ from tests.testing_utils import KERAS
 from tests.testing_utils import LEGACY
 from tests.testing_utils import average_of
 from tests.testing_utils import both_generations
-from tests.testing_utils import by_one_step
 from tests.testing_utils import descend
+from tests.testing_utils import trained_variable
 
 # Other ways to take a step.
 
@@ -213,7 +213,7 @@ def test_by_name_and_by_config_with_settings(given, options, make_inner):
 @both_generations
 def test_setting_the_learning_rate(module, name):
     optimizer = SWA.wrap(module.SGD(0.5))
-    weight = by_one_step(optimizer, 1.0, 1.0)
+    weight = trained_variable(optimizer, 1.0, 1.0)
     setattr(optimizer, name, 0.125)
     descend(optimizer, [weight])
     assert weight.numpy() == 1 - 0.5 - 0.125
@@ -265,7 +265,7 @@ def test_slots_are_there_in_the_scope_and_outside(strategy):
 
 def test_slots_of_a_legacy_inner_optimizer():
     optimizer = tfav.SWA(LEGACY.SGD(0.1, momentum=0.9))
-    variable = by_one_step(optimizer, [1.0, 2.0])
+    variable = trained_variable(optimizer, [1.0, 2.0])
     momentum = optimizer.get_slot(variable, "momentum")
     assert momentum is optimizer.inner_optimizer.get_slot(variable, "momentum")
     extra = optimizer.add_slot(variable, "extra", "ones", shape=[3])

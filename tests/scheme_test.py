@@ -22,7 +22,7 @@ from tests import testing_utils
 from tests.testing_utils import CURRENT
 from tests.testing_utils import KERAS
 from tests.testing_utils import average_of
-from tests.testing_utils import by_one_step
+from tests.testing_utils import trained_variable
 
 
 @KERAS.saving.register_keras_serializable("scheme_test")
@@ -114,7 +114,7 @@ def test_average_op_sees_the_dtype_of_the_average():
             seen.append((var.dtype, average_var.dtype, var.shape))
             return var
 
-    by_one_step(Recording("sgd"), tf.ones([2, 3], tf.bfloat16))
+    trained_variable(Recording("sgd"), tf.ones([2, 3], tf.bfloat16))
     assert seen == [(tf.float32, tf.float32, tf.TensorShape([2, 3]))]
 
 
@@ -144,7 +144,7 @@ def test_state_added_by_a_scheme_is_part_of_the_state():
             return super().averaging_weight(step)
 
     optimizer = Counting("sgd")
-    by_one_step(optimizer, steps=3)
+    trained_variable(optimizer, steps=3)
     assert optimizer.get_weights()[-1] == 6
 
 
@@ -156,4 +156,4 @@ def test_subclass_of_swa_with_a_weight_of_its_own_starts_from_the_weights_before
             return tf.constant(0.5, tf.float64)
 
     optimizer = HalfWay(CURRENT.SGD(1.0), 0, 1)
-    assert average_of(optimizer, by_one_step(optimizer, 4.0, 2.0)) == 3.0
+    assert average_of(optimizer, trained_variable(optimizer, 4.0, 2.0)) == 3.0

@@ -49,7 +49,6 @@ def read_all(variables) -> List[np.ndarray]:
 
 
 def values(variables) -> List[np.ndarray]:
-    """What a reader outside of the replicas sees."""
     return [variable.numpy() for variable in variables]
 
 
@@ -240,8 +239,8 @@ def descend(optimizer, variables, gradient: float = 1.0, steps: int = 1) -> None
         optimizer.apply_gradients([(tf.fill(v.shape, tf.cast(gradient, v.dtype)), v) for v in variables])
 
 
-def by_one_step(optimizer, value=0.0, gradient: float = -1.0, steps: int = 1) -> tf.Variable:
-    """A variable that `descend` has moved, from `value` on."""
+def trained_variable(optimizer, value=0.0, gradient: float = -1.0, steps: int = 1) -> tf.Variable:
+    """A variable that starts at `value` and has taken these steps."""
     variable = tf.Variable(value)
     descend(optimizer, [variable], gradient, steps)
     return variable

@@ -28,8 +28,8 @@ from tests.testing_utils import CURRENT
 from tests.testing_utils import KERAS
 from tests.testing_utils import LEGACY
 from tests.testing_utils import average_of
-from tests.testing_utils import by_one_step
 from tests.testing_utils import descend
+from tests.testing_utils import trained_variable
 
 NOISES = np.random.default_rng(0).normal(size=200).astype(np.float32)
 VALUES = [np.array([[0.3, -1.2, 2.0], [0.1, 0.7, -0.5]], np.float32), np.float32(1.5)]
@@ -170,13 +170,13 @@ class TestNumbersByHand:
             start_step=start_step,
             dynamic_decay=dynamic_decay,
         )
-        variable = by_one_step(optimizer, [1.0, 2.0], 0.1, steps=2)
+        variable = trained_variable(optimizer, [1.0, 2.0], 0.1, steps=2)
         np.testing.assert_allclose(average_of(optimizer, variable), expected, rtol=1e-6)
 
     @pytest.mark.parametrize(("decay", "expected"), [(1.0, 1.0), (0.0, 0.5)])
     def test_decay_of_one_never_moves_and_of_zero_follows(self, decay, expected):
         optimizer = numpy_averages.ema(decay, dynamic=False).wrap(CURRENT.SGD(0.25))
-        assert average_of(optimizer, by_one_step(optimizer, 1.0, 1.0, steps=2)) == expected
+        assert average_of(optimizer, trained_variable(optimizer, 1.0, 1.0, steps=2)) == expected
 
     def test_steps_that_loss_scaling_skips(self, strategy):
         """Averages and count stay; `iterations`, and with it the period, moves on."""
@@ -254,7 +254,7 @@ def test_swa_still_counts(far):
     optimizer = tfav.SWA(CURRENT.SGD(1.0), start_averaging=far + 2, average_period=3)
     optimizer.iterations.assign(far)
     # Steps far to far + 8; snapshots after far + 2, far + 5 and far + 8.
-    variable = by_one_step(optimizer, steps=9)
+    variable = trained_variable(optimizer, steps=9)
     assert optimizer.num_averaged == 3
     assert average_of(optimizer, variable) == (3 + 6 + 9) / 3
 
@@ -264,7 +264,7 @@ def test_ema_still_counts(far):
     """The warm-up counts from `start_step`, which may be far from 0."""
     optimizer = numpy_averages.ema(0.5, start=far + 1).wrap(CURRENT.SGD(1.0))
     optimizer.iterations.assign(far)
-    variable = by_one_step(optimizer, steps=4)
+    variable = trained_variable(optimizer, steps=4)
     expected = numpy_averages.expected_average(numpy_averages.ema(0.5, start=1), np.arange(5.0))
     np.testing.assert_allclose(average_of(optimizer, variable), expected, rtol=1e-6)
 
@@ -276,7 +276,7 @@ def test_a_schedule_is_asked_for_exact_steps(far):
         CURRENT.SGD(1.0), average_decay=schedule, start_step=3, average_period=2
     )
     optimizer.iterations.assign(far + 3)
-    by_one_step(optimizer, steps=4)
+    trained_variable(optimizer, steps=4)
     assert schedule.steps == [s for s in range(far, far + 4) if s % 2 == 0]
 
 
@@ -286,7 +286,7 @@ def test_iterations_may_be_a_variable_of_the_users(module):
     optimizer = tfav.SWA(module.SGD(1.0), 2**31 + 1, 1)
     optimizer.iterations = steps
     assert optimizer.iterations is steps
-    variable = by_one_step(optimizer, steps=3)
+    variable = trained_variable(optimizer, steps=3)
     assert steps.numpy() == 2**31 + 3
     assert average_of(optimizer, variable) == 2.5
     assert optimizer.get_weights()[0] == 2**31 + 3

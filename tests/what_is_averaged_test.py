@@ -28,9 +28,9 @@ from tests.testing_utils import Y
 from tests.testing_utils import average_of
 from tests.testing_utils import averages_of
 from tests.testing_utils import both_generations
-from tests.testing_utils import by_one_step
 from tests.testing_utils import descend
 from tests.testing_utils import has_average
+from tests.testing_utils import trained_variable
 
 # Which.
 
@@ -203,7 +203,7 @@ def test_batch_norm_statistics_are_averaged_on_request(strategy):
 
 def test_update_by_hand_is_as_that_of_the_step_just_taken():
     optimizer = numpy_averages.ema(0.75, start=1, dynamic=False).wrap(CURRENT.SGD(1.0))
-    variable = by_one_step(optimizer, gradient=-4.0, steps=2)
+    variable = trained_variable(optimizer, gradient=-4.0, steps=2)
     assert average_of(optimizer, variable) == 5.0  # 3/4 * 4 + 1/4 * 8
     optimizer.update_average()
     assert average_of(optimizer, variable) == 5.75  # 3/4 * 5 + 1/4 * 8
@@ -274,7 +274,7 @@ class TestBeginAveraging:
         set_later = tfav.ExponentialMovingAverage(CURRENT.SGD(1.0))
         set_later.begin_averaging(4)
         assert set_later.start_step == 4
-        averages = [average_of(o, by_one_step(o, steps=8)) for o in (told, set_later)]
+        averages = [average_of(o, trained_variable(o, steps=8)) for o in (told, set_later)]
         assert averages[0] == averages[1]
 
     @testing_utils.early_or_late
@@ -320,6 +320,6 @@ class TestBeginAveraging:
         with pytest.raises(ValueError, match="step=-1"):
             tfav.SWA("sgd").begin_averaging(-1)
         optimizer = tfav.SWA("sgd")
-        by_one_step(optimizer)
+        trained_variable(optimizer)
         with pytest.raises(ValueError, match="has begun already.*num_averaged=1"):
             optimizer.begin_averaging(3)
