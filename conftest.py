@@ -21,6 +21,7 @@ import signal
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
 
+import keras as keras_3
 import pytest
 import tensorflow as tf
 import tf_keras
@@ -62,12 +63,20 @@ def strategy(request):
     return request.getfixturevalue("mirrored_strategy")
 
 
+@pytest.fixture(params=[keras_3, tf_keras], ids=lambda keras: keras.__name__)
+def keras(request):
+    """Keras 3, then tf_keras."""
+    return request.param
+
+
 @pytest.fixture(autouse=True)
 def _float32_policy_and_seed():
     """Each test starts from the same seed and leaves no dtype policy behind."""
-    tf_keras.utils.set_random_seed(0)
+    for keras in (keras_3, tf_keras):
+        keras.utils.set_random_seed(0)
     yield
-    tf_keras.mixed_precision.set_global_policy("float32")
+    for keras in (keras_3, tf_keras):
+        keras.mixed_precision.set_global_policy("float32")
 
 
 @pytest.fixture(autouse=True)

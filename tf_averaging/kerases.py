@@ -1,0 +1,129 @@
+# Copyright 2026 The tf_averaging Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The Kerases of this process: Keras 3 (`keras`, what `tf.keras` is) and Keras 2 (`tf_keras`).
+
+What users call around the optimizers works with both: one implementation, which imports neither and asks
+here. Each function stands for one difference between the two that such code must bridge.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import operator
+import os
+import sys
+from types import ModuleType
+from typing import Any, Callable, Dict, Optional, Tuple
+
+NAMES = ("keras", "tf_keras")
+
+
+@functools.cache
+def available() -> Tuple[ModuleType, ...]:
+    """The Keras modules that this process can import, what `tf.keras` is first.
+
+    Under `TF_USE_LEGACY_KERAS=1` that is `tf_keras` alone: nothing of Keras 3 is imported then.
+    """
+    # The spellings that TensorFlow itself accepts.
+    is_legacy = os.environ.get("TF_USE_LEGACY_KERAS") in ("1", "true", "True")
+    found = []
+    for name in NAMES[1:] if is_legacy else NAMES:
+        try:
+            found.append(importlib.import_module(name))
+        except ImportError:
+            continue
+    return tuple(found)
+
+
+def of(thing: object) -> ModuleType:
+    """The Keras that a model, layer, optimizer, schedule, callback or variable is of.
+
+    What is of both, as the schedules and callbacks of this package are, is taken for Keras 3's.
+
+    Raises:
+      TypeError: if it is of neither.
+    """
+    keras = _find(thing)
+    if keras is None:
+        raise TypeError(f"Expected an object of Keras 3 or tf_keras. {_received(thing)}")
+    return keras
+
+
+def of_model(model: object) -> ModuleType:
+    """The Keras that a model is of.
+
+    Raises:
+      TypeError: if it is not a model.
+    """
+    keras = _find(model)
+    if keras is None or not isinstance(model, keras.Model):
+        raise TypeError(f"Expected a `keras.Model` or `tf_keras.Model`. {_received(model)}")
+    return keras
+
+
+def bases(path: str) -> Tuple[Any, ...]:
+    """The class at `path` of every available Keras: to inherit from all of them, or for `isinstance`.
+
+    Args:
+      path: dotted, `"callbacks.Callback"` for example.
+    """
+    return tuple(operator.attrgetter(path)(keras) for keras in available())
+
+
+def register(package: str) -> Callable[[type], type]:
+    """Class decorator: every available Keras can then load objects of the class without being told."""
+
+    def decorate(cls: type) -> type:
+        for keras in available():
+            keras.saving.register_keras_serializable(package)(cls)
+        return cls
+
+    return decorate
+
+
+def serialize_schedule(schedule: object) -> Dict[str, Any]:
+    """The config of a schedule of either Keras, ready for JSON. It records which Keras that is."""
+    keras = of(schedule)
+    return {**keras.optimizers.schedules.serialize(schedule), "keras": keras.__name__}
+
+
+def deserialize_schedule(config: Dict[str, Any], custom_objects: Optional[Dict[str, Any]] = None):
+    """Creates the schedule that `serialize_schedule` described, in the other Keras if its own is missing.
+
+    Version 0.1 recorded no Keras, as it knew tf_keras only.
+    """
+    config = dict(config)
+    known = {keras.__name__: keras for keras in available()}
+    keras = known.get(config.pop("keras", None), available()[-1])
+    return keras.optimizers.schedules.deserialize(config, custom_objects=custom_objects)
+
+
+def tf_variable(variable):
+    """The `tf.Variable` in a Keras 3 variable; any other variable is returned as it is."""
+    # The public `value` may be a tensor, cast for mixed precision.
+    return variable._value if _is_of(variable, "keras") else variable
+
+
+def _find(thing: object) -> Optional[ModuleType]:
+    # A Keras of which there is an object has been imported, by someone.
+    return next((sys.modules[name] for name in NAMES if _is_of(thing, name)), None)
+
+
+def _is_of(thing: object, package: str) -> bool:
+    return any(cls.__module__.partition(".")[0] == package for cls in type(thing).__mro__)
+
+
+def _received(thing: object) -> str:
+    return f"Received: {thing!r} of type {type(thing)}"
