@@ -16,6 +16,7 @@
 import json
 import math
 
+import keras as keras_3
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -24,7 +25,6 @@ import tf_keras
 import tf_averaging as tfav
 
 STEPS = [0, 1, 10, 10**3, 10**6, 10**9]
-KERAS = tf_keras.optimizers.schedules
 
 DECAYS = {
     "warm-up": (
@@ -75,23 +75,29 @@ LEARNING_RATES = {
         tfav.schedules.ConstantLearningRate(0.1, 0.05),
         lambda t: annealed(t, 0, 0, lambda _: 0.1, 0.05, "cos"),
     ),
-    "jump": (
-        tfav.schedules.ConstantLearningRate(KERAS.InverseTimeDecay(0.5, 10, 1.0), 0.05, start_step=10),
-        lambda t: annealed(t, 10, 0, inverse_time, 0.05, "cos"),
-    ),
-    "cosine": (
-        tfav.schedules.ConstantLearningRate(KERAS.InverseTimeDecay(0.5, 10, 1.0), 0.05, 7, 2000, "cos"),
-        lambda t: annealed(t, 7, 2000, inverse_time, 0.05, "cos"),
-    ),
     "linear": (
         tfav.schedules.ConstantLearningRate(0.2, 0.05, 8, 10**9, "linear"),
         lambda t: annealed(t, 8, 10**9, lambda _: 0.2, 0.05, "linear"),
     ),
-    "cyclical": (
-        tfav.schedules.CyclicalLearningRate(KERAS.InverseTimeDecay(0.5, 10, 1.0), 0.05, 0.01, 7, 5),
-        lambda t: cyclical(t, 5, 7, 0.05, 0.01, inverse_time),
-    ),
 }
+for _keras in (keras_3, tf_keras):
+    _before = _keras.optimizers.schedules.InverseTimeDecay(0.5, 10, 1.0)
+    _name = _keras.__name__
+    LEARNING_RATES |= {
+        f"jump from {_name}": (
+            tfav.schedules.ConstantLearningRate(_before, 0.05, start_step=10),
+            lambda t: annealed(t, 10, 0, inverse_time, 0.05, "cos"),
+        ),
+        f"cosine from {_name}": (
+            tfav.schedules.ConstantLearningRate(_before, 0.05, 7, 2000, "cos"),
+            lambda t: annealed(t, 7, 2000, inverse_time, 0.05, "cos"),
+        ),
+        f"cyclical from {_name}": (
+            tfav.schedules.CyclicalLearningRate(_before, 0.05, 0.01, 7, 5),
+            lambda t: cyclical(t, 5, 7, 0.05, 0.01, inverse_time),
+        ),
+    }
+SCHEDULES = {name: schedule for name, (schedule, _) in {**DECAYS, **LEARNING_RATES}.items()}
 
 
 @pytest.mark.parametrize("name", DECAYS)
@@ -227,25 +233,48 @@ class TestCycles:
         )
 
 
-@pytest.mark.parametrize(
-    "schedule",
-    [schedule for schedule, _ in [*DECAYS.values(), *LEARNING_RATES.values()]],
-    ids=lambda schedule: type(schedule).__name__,
-)
-def test_config_round_trip(schedule):
-    config = KERAS.serialize(schedule)
-    text = json.dumps(config)
-    again = KERAS.deserialize(json.loads(text))
-    assert type(again) is type(schedule)
-    assert json.dumps(KERAS.serialize(again)) == text
-    for step in STEPS:
-        assert again(step).numpy() == schedule(step).numpy()
-    copy = type(schedule).from_config(schedule.get_config())
-    assert copy.get_config() == schedule.get_config()
+@pytest.mark.parametrize("name", SCHEDULES)
+class TestEverySchedule:
+    def test_is_a_schedule_of_the_keras(self, keras, name):
+        assert isinstance(SCHEDULES[name], keras.optimizers.schedules.LearningRateSchedule)
+
+    @pytest.mark.parametrize("compiled", [False, True])
+    def test_takes_a_vector_of_steps(self, name, compiled):
+        schedule = SCHEDULES[name]
+        called = tf.function(schedule) if compiled else schedule
+        steps = tf.constant([*STEPS, 5, 6, 7], tf.int64)
+        values = called(steps).numpy()
+        expected = [schedule(step).numpy() for step in steps]
+        np.testing.assert_allclose(values, expected, rtol=4 * np.finfo(values.dtype).eps)
+
+    def test_is_a_learning_rate(self, keras, name):
+        schedule = SCHEDULES[name]
+        optimizer = keras.optimizers.SGD(schedule)
+        variable = (keras if keras is keras_3 else tf).Variable(0.0)
+        for _ in range(7):
+            optimizer.apply_gradients([(tf.constant(-1.0), variable)])
+        expected = sum(float(schedule(step)) for step in range(7))
+        np.testing.assert_allclose(variable.numpy(), expected, rtol=1e-5)
+
+    def test_config_round_trip(self, keras, name):
+        schedule, schedules = SCHEDULES[name], keras.optimizers.schedules
+        text = json.dumps(schedules.serialize(schedule))
+        again = schedules.deserialize(json.loads(text))
+        assert type(again) is type(schedule)
+        assert json.dumps(schedules.serialize(again)) == text
+        for step in STEPS:
+            assert again(step).numpy() == schedule(step).numpy()
+        copy = type(schedule).from_config(schedule.get_config())
+        assert copy.get_config() == schedule.get_config()
+        assert type(getattr(copy, "learning_rate", None)) is type(
+            getattr(schedule, "learning_rate", None)
+        )
 
 
 def test_optimizer_with_schedules_is_saved_and_loaded(tmp_path):
-    rate = tfav.schedules.CyclicalLearningRate(KERAS.CosineDecay(0.1, 10), 0.05, 0.01, 3)
+    rate = tfav.schedules.CyclicalLearningRate(
+        tf_keras.optimizers.schedules.CosineDecay(0.1, 10), 0.05, 0.01, 3
+    )
     decay = tfav.schedules.PowerFunctionDecay(2)
     optimizer = tfav.ExponentialMovingAverage(tf_keras.optimizers.SGD(rate), average_decay=decay)
     model = tf_keras.Sequential([tf_keras.layers.Dense(1, input_shape=(2,))])

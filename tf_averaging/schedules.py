@@ -11,23 +11,23 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Decays for `ExponentialMovingAverage`, and learning rates for `SWA`, as Keras schedules.
+"""Decays for `ExponentialMovingAverage`, and learning rates for `SWA`, as schedules of both Kerases.
 
 A decay is called with the number of steps since averaging started, a learning rate with the number of
-steps since training started. All count in float64, which is exact to 2^53 steps; float32, in which
-Keras's own schedules compute, stops telling steps apart at 2^24. (Legacy optimizers hand learning-rate
-schedules the step in the dtype of the weights; decays always get it exactly.)
+steps since training started. Both take one number or a vector of them, and answer in its shape. All count
+in float64, which is exact to 2^53 steps; float32, in which Keras's own schedules compute, stops telling
+steps apart at 2^24. (Legacy optimizers hand learning-rate schedules the step in the dtype of the weights;
+decays always get it exactly.)
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any, Dict, Optional, Union
+from typing import Any, Callable, Dict, Optional, Union
 
 import tensorflow as tf
-import tf_keras
-from tf_keras.optimizers.schedules import LearningRateSchedule as Schedule
 
+from tf_averaging import kerases
 from tf_averaging.argument_checks import checked_count
 
 __all__ = [
@@ -40,8 +40,15 @@ __all__ = [
 ]
 
 
-@tf_keras.saving.register_keras_serializable(package="tf_averaging")
-class WarmUpDecay(Schedule):
+SCHEDULES = kerases.bases("optimizers.schedules.LearningRateSchedule")
+
+
+class _Schedule(*SCHEDULES):  # type: ignore[misc]
+    """A schedule of every Keras at once."""
+
+
+@kerases.register("tf_averaging")
+class WarmUpDecay(_Schedule):
     """`min(decay, (1 + s) / (10 + s))`: the warm-up of TF 1, what `dynamic_decay=True` stands for.
 
     >>> schedule = tfav.schedules.WarmUpDecay(0.99)
@@ -59,7 +66,7 @@ class WarmUpDecay(Schedule):
         self.decay = _checked("decay", decay, 0, 1)
 
     def __call__(self, step) -> tf.Tensor:
-        """The decay (float64 scalar) for an update `step` steps after averaging started."""
+        """The decay (float64) for an update `step` steps after averaging started."""
         step = _exact(step)
         return tf.minimum(tf.constant(self.decay, tf.float64), (1 + step) / (10 + step))
 
@@ -68,8 +75,8 @@ class WarmUpDecay(Schedule):
         return {"decay": self.decay}
 
 
-@tf_keras.saving.register_keras_serializable(package="tf_averaging")
-class MomentumAnnealingDecay(Schedule):
+@kerases.register("tf_averaging")
+class MomentumAnnealingDecay(_Schedule):
     """`1 - max(momentum, gamma / (gamma + s))`: MMEngine's annealing of the weight of new values.
 
     The first weights count in full; the longer training goes on, the closer their share comes to
@@ -92,7 +99,7 @@ class MomentumAnnealingDecay(Schedule):
         self.gamma = _checked("gamma", gamma, above=0)
 
     def __call__(self, step) -> tf.Tensor:
-        """The decay (float64 scalar) for an update `step` steps after averaging started."""
+        """The decay (float64) for an update `step` steps after averaging started."""
         share = self.gamma / (self.gamma + _exact(step))
         return 1 - tf.maximum(tf.constant(self.momentum, tf.float64), share)
 
@@ -101,8 +108,8 @@ class MomentumAnnealingDecay(Schedule):
         return {"momentum": self.momentum, "gamma": self.gamma}
 
 
-@tf_keras.saving.register_keras_serializable(package="tf_averaging")
-class InversePowerDecay(Schedule):
+@kerases.register("tf_averaging")
+class InversePowerDecay(_Schedule):
     """`1 - (1 + s / gamma) ** -power`, kept from `min_decay` to `max_decay`, and 0 at `s = 0`.
 
     The warm-up of timm, ema-pytorch and diffusers. With `gamma=1` and `power=2/3` it suits trainings of a
@@ -136,7 +143,7 @@ class InversePowerDecay(Schedule):
         self.max_decay = _checked("max_decay", max_decay, self.min_decay, 1)
 
     def __call__(self, step) -> tf.Tensor:
-        """The decay (float64 scalar) for an update `step` steps after averaging started."""
+        """The decay (float64) for an update `step` steps after averaging started."""
         step = _exact(step)
         decay = 1 - (1 + step / self.gamma) ** -self.power
         decay = tf.clip_by_value(
@@ -154,8 +161,8 @@ class InversePowerDecay(Schedule):
         }
 
 
-@tf_keras.saving.register_keras_serializable(package="tf_averaging")
-class PowerFunctionDecay(Schedule):
+@kerases.register("tf_averaging")
+class PowerFunctionDecay(_Schedule):
     """`(1 - 1 / (s + 1)) ** (gamma + 1)`: an average whose width grows with training (arXiv:2312.02696).
 
     After any number of steps the weights of step `i` count in proportion to about `i ** gamma`, so the
@@ -178,7 +185,7 @@ class PowerFunctionDecay(Schedule):
         self.gamma = _checked("gamma", gamma, 0)
 
     def __call__(self, step) -> tf.Tensor:
-        """The decay (float64 scalar) for an update `step` steps after averaging started."""
+        """The decay (float64) for an update `step` steps after averaging started."""
         return (1 - 1 / (_exact(step) + 1)) ** (self.gamma + 1)
 
     def get_config(self) -> Dict[str, Any]:
@@ -186,24 +193,30 @@ class PowerFunctionDecay(Schedule):
         return {"gamma": self.gamma}
 
 
-class _After(Schedule):
+class _After(_Schedule):
     """Any learning rate up to a step, another one from there; a base of those below."""
 
-    def __init__(self, learning_rate: Union[float, Schedule], start_step: int):
-        if not isinstance(learning_rate, Schedule):
+    def __init__(self, learning_rate: Union[float, Callable], start_step: int):
+        if not isinstance(learning_rate, SCHEDULES):
             learning_rate = _checked("learning_rate", learning_rate, 0)
-        self.learning_rate = learning_rate
+        self.learning_rate: Any = learning_rate
         self.start_step = checked_count("start_step", start_step, minimum=0)
 
     def _before(self, step) -> tf.Tensor:
         rate = self.learning_rate
-        return _exact(rate(step) if isinstance(rate, Schedule) else rate)
+        if not isinstance(rate, SCHEDULES):
+            return _exact(rate)
+        step = tf.cast(step, tf.int64)
+        if step.shape.rank == 0:
+            return _exact(rate(step))
+        # Keras's own schedules take one step at a time.
+        return tf.map_fn(lambda one: _exact(rate(one)), step, fn_output_signature=tf.float64)
 
     def get_config(self) -> Dict[str, Any]:
         """The constructor's arguments, ready for JSON."""
         rate = self.learning_rate
-        if isinstance(rate, Schedule):
-            rate = tf_keras.optimizers.schedules.serialize(rate)
+        if isinstance(rate, SCHEDULES):
+            rate = kerases.serialize_schedule(rate)
         return {"learning_rate": rate, "start_step": self.start_step}
 
     @classmethod
@@ -218,12 +231,11 @@ class _After(Schedule):
         """
         config = dict(config)
         if isinstance(config["learning_rate"], dict):
-            inner = dict(config["learning_rate"])
-            config["learning_rate"] = tf_keras.optimizers.schedules.deserialize(inner)
+            config["learning_rate"] = kerases.deserialize_schedule(config["learning_rate"])
         return cls(**config)
 
 
-@tf_keras.saving.register_keras_serializable(package="tf_averaging")
+@kerases.register("tf_averaging")
 class ConstantLearningRate(_After):
     """A learning rate that is brought to a constant when SWA starts, by a cosine or linearly.
 
@@ -252,7 +264,7 @@ class ConstantLearningRate(_After):
 
     def __init__(
         self,
-        learning_rate: Union[float, Schedule],
+        learning_rate: Union[float, Callable],
         swa_learning_rate: float,
         start_step: int = 0,
         anneal_steps: int = 0,
@@ -268,7 +280,7 @@ class ConstantLearningRate(_After):
         self.anneal_strategy = anneal_strategy
 
     def __call__(self, step) -> tf.Tensor:
-        """The learning rate (float32 scalar) for the step after `step` steps."""
+        """The learning rate (float32) for the step after `step` steps."""
         since_start = _exact(step) - self.start_step
         # At least 1, so that 0 steps jump: the first step has gone all the way then.
         gone = (since_start + (self.anneal_steps == 0)) / max(self.anneal_steps, 1)
@@ -276,7 +288,7 @@ class ConstantLearningRate(_After):
         if self.anneal_strategy == "cos":
             share = (1 - tf.cos(math.pi * share)) / 2
         start = tf.minimum(_exact(step), tf.constant(self.start_step, tf.float64))
-        before = self._before(tf.cast(start, tf.int64))
+        before = self._before(start)
         return tf.cast((1 - share) * before + share * self.swa_learning_rate, tf.float32)
 
     def get_config(self) -> Dict[str, Any]:
@@ -289,7 +301,7 @@ class ConstantLearningRate(_After):
         }
 
 
-@tf_keras.saving.register_keras_serializable(package="tf_averaging")
+@kerases.register("tf_averaging")
 class CyclicalLearningRate(_After):
     """A learning rate that falls linearly, again and again, for a snapshot at the end of each cycle.
 
@@ -320,7 +332,7 @@ class CyclicalLearningRate(_After):
 
     def __init__(
         self,
-        learning_rate: Union[float, Schedule],
+        learning_rate: Union[float, Callable],
         high: float,
         low: float,
         cycle_steps: int,
@@ -332,7 +344,7 @@ class CyclicalLearningRate(_After):
         self.cycle_steps = checked_count("cycle_steps", cycle_steps, minimum=1)
 
     def __call__(self, step) -> tf.Tensor:
-        """The learning rate (float32 scalar) for the step after `step` steps."""
+        """The learning rate (float32) for the step after `step` steps."""
         since_start = _exact(step) - self.start_step
         share = (since_start % self.cycle_steps + 1) / self.cycle_steps
         rate = (1 - share) * self.high + share * self.low
@@ -371,7 +383,7 @@ def _exact(number) -> tf.Tensor:
 
 def _checked(
     name: str,
-    value: float,
+    value: Any,
     minimum: float = -math.inf,
     maximum: float = math.inf,
     above: Optional[float] = None,
