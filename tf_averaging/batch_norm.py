@@ -17,23 +17,18 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from typing import Callable, Iterator, List, NamedTuple, Optional, Tuple, Union
+from typing import Any, Callable, Iterator, List, NamedTuple, Optional, Set, Tuple, Union
 
 import tensorflow as tf
-import tf_keras
 from absl import logging
 
 from tf_averaging import average_ops
 from tf_averaging import averaged_optimizer_wrapper
-
-BATCH_NORMALIZATION = (
-    tf_keras.layers.BatchNormalization,
-    tf_keras.layers.experimental.SyncBatchNormalization,
-)
+from tf_averaging import kerases
 
 
 def update_batch_norm(
-    model: tf_keras.Model, data, steps: Optional[int] = None, verbose: Union[str, int] = "auto"
+    model, data, steps: Optional[int] = None, verbose: Union[str, int] = "auto"
 ) -> None:
     """Sets the statistics of BatchNormalization layers to those of `data`, for the weights in the model.
 
@@ -42,8 +37,7 @@ def update_batch_norm(
     pass over the data each layer's mean and variance (that of the population, 1/N) are computed over all
     elements it gets, masked ones excepted; batches of different sizes count by their size.
 
-    >>> model = tf_keras.Sequential([tf_keras.layers.BatchNormalization(input_shape=(1,))])
-    >>> model.compile(tfav.SWA("sgd"), "mse")
+    >>> model = tf.keras.Sequential([tf.keras.Input([1]), tf.keras.layers.BatchNormalization()])
     >>> x = tf.constant([[1.0], [2.0], [6.0]])
     >>> tfav.update_batch_norm(model, x, verbose=0)
     >>> layer = model.layers[0]
@@ -55,8 +49,8 @@ def update_batch_norm(
     estimate. (Batches should therefore be as large as in training. Without dropout the statistics would
     be of inputs that training never showed the layers after it.) Layers that training leaves alone,
     frozen or called with `training=False`, keep their statistics. Whatever else the pass changes in the
-    model is put back, also after an exception: the state of other layers and metrics. Random generators
-    alone move on.
+    model is put back, also after an exception: the state of other layers and metrics, and weights that a
+    layer assigns. Random generators alone may move on.
 
     While the averages are in the model, through `swap_weights`, `swapped_weights` or the callback, the
     new statistics are the averages': the raw weights' own come back with the raw weights, and the new
@@ -65,10 +59,10 @@ def update_batch_norm(
     written, so save while swapped, or recompute them after loading.
 
     Args:
-      model: a built model.
+      model: a built model of Keras 3 or tf_keras.
       data: inputs as `fit` takes them: a tensor or array, or a list, tuple or dict of them for models
-        with several inputs; or a `tf.data.Dataset`, `tf_keras.utils.Sequence` or generator of batches,
-        of which targets and sample weights are ignored. Arrays are cut into batches of 32, or into
+        with several inputs; or a `tf.data.Dataset`, `Sequence`, `PyDataset` or generator of batches, of
+        which targets and sample weights are ignored. Arrays are cut into batches of 32, or into
         `steps` batches. Under a strategy batches are split over the replicas as in `fit`.
       steps: number of batches to take; needed if there is no end of them.
       verbose: `"auto"`, 0, 1 or 2, for the Keras progress bar.
@@ -77,9 +71,9 @@ def update_batch_norm(
       TypeError: if `model` is not a Keras model.
       ValueError: if the model has not been built, or there is no data.
     """
-    if not isinstance(model, tf_keras.Model):
-        raise TypeError(f"Expected a `tf_keras.Model`. Received: {model!r} of type {type(model)}")
-    layers = [layer for layer in model.submodules if isinstance(layer, BATCH_NORMALIZATION)]
+    classes = _batch_norm_classes(model)
+    parts: List[Any] = list(model._flatten_layers())
+    layers: List[Any] = [part for part in parts if isinstance(part, classes)]
     if not layers:
         return
     if not all(layer.built for layer in layers):
@@ -91,16 +85,12 @@ def update_batch_norm(
         raise ValueError("Expected data to compute the statistics of. Received: data=None")
     with model.distribute_strategy.scope():
         sums = [_Sums(layer) for layer in layers]
-        runner = _Runner(model)
     with _unchanged(model), contextlib.ExitStack() as recording:
-        for module in (model, *model.submodules):
-            recording.enter_context(_traced_anew(module))
+        for part in parts:
+            recording.enter_context(_traced_anew(part))
         for layer_sums in sums:
             recording.enter_context(layer_sums.recording())
-        try:
-            runner.predict(data, steps=steps, verbose=verbose)
-        except StopIteration:
-            raise ValueError(f"Expected data. Received an iterator that has ended: {data!r}") from None
+        _run(model, data, steps, verbose)
     with model.distribute_strategy.scope():
         moments = [layer_sums.moments() for layer_sums in sums]
     unseen = [layer.name for layer, seen in zip(layers, moments) if seen is None and layer.trainable]
@@ -137,10 +127,13 @@ class _Sums:
     relative to the mean that training has tracked: beside a large mean a small variance would be lost.
     """
 
-    def __init__(self, layer: tf_keras.layers.Layer):
+    def __init__(self, layer):
         self.layer = layer
-        self._shape = layer.moving_mean.shape
-        tracked = tf.cast(tf.convert_to_tensor(layer.moving_mean), tf.float64)
+        # A layer whose `call` is told nothing follows the model in tf_keras, but not in Keras 3.
+        self._by_default = kerases.of(layer).__name__ == "tf_keras"
+        moving_mean = kerases.tf_variable(layer.moving_mean)
+        self._shape = moving_mean.shape
+        tracked = tf.cast(tf.convert_to_tensor(moving_mean), tf.float64)
         self._origin = tf.where(tf.math.is_finite(tracked), tracked, tf.zeros_like(tracked))
         self._count = _sum_variable([])
         self._values = _sum_variable(self._shape)
@@ -164,10 +157,10 @@ class _Sums:
     @tf.autograph.experimental.do_not_convert
     def _add(self, inputs: tf.Tensor, mask: Optional[tf.Tensor], training) -> None:
         inputs = tf.cast(inputs, tf.float64)
-        shift = self.layer.virtual_batch_size is not None  # Its axes count one dimension more.
-        kept = {axis - shift for axis in self.layer.axis}
-        is_kept = [axis in kept for axis in range(inputs.shape.rank)]
-        axes = [axis for axis in range(inputs.shape.rank) if axis not in kept]
+        rank = inputs.shape.rank
+        kept = _kept_axes(self.layer, rank)
+        is_kept = [axis in kept for axis in range(rank)]
+        axes = [axis for axis in range(rank) if axis not in kept]
         values = inputs - tf.reshape(self._origin, tf.where(is_kept, tf.shape(inputs), 1))
         elements = tf.cast(tf.size(inputs), tf.float64)
         squares = values**2
@@ -175,8 +168,8 @@ class _Sums:
             weights = tf.cast(tf.expand_dims(mask, -1), tf.float64)
             elements = tf.reduce_sum(tf.broadcast_to(weights, tf.shape(inputs)))
             values, squares = values * weights, squares * weights
-        # `training` may be a tensor, or None where it is what the model was called with.
-        counts = tf.cast(True if training is None else training, tf.float64)
+        # `training` may be a tensor.
+        counts = tf.cast(self._by_default if training is None else training, tf.float64)
         with tf.control_dependencies([values]):  # A step that finds no more data must not count.
             self._count.assign_add(counts * elements / self._shape.num_elements())
         self._values.assign_add(counts * tf.reshape(tf.reduce_sum(values, axes), self._shape))
@@ -192,22 +185,51 @@ class _Sums:
         return _Moments(self._origin + mean, variance)
 
 
-class _Runner(tf_keras.Model):
-    """Calls a model in training mode on batches of data, with all that `predict` knows of data."""
+def _run(model, data, steps: Optional[int], verbose: Union[str, int]) -> None:
+    """Calls `model` in training mode on each batch, with all that `predict` knows of data."""
+    keras = kerases.of(model)
+    # Where its `call` takes no such argument Keras 3 trains a model without it, in inference mode.
+    mode = {"training": True} if getattr(model, "_call_has_training_arg", True) else {}
+    has_data = False
 
-    def __init__(self, model: tf_keras.Model):
-        super().__init__()
-        self._call_model = lambda inputs: model(inputs, training=True)
-        self.run_eagerly = model.run_eagerly
-
-    def predict_step(self, data):
-        inputs, _, _ = tf_keras.utils.unpack_x_y_sample_weight(data)
-        self._call_model(inputs)
+    def predict_step(data):
+        nonlocal has_data
+        has_data = True
+        inputs, _, _ = keras.utils.unpack_x_y_sample_weight(data)
+        model(inputs, **mode)
         return tf.zeros([1])
+
+    with model.distribute_strategy.scope():
+        runner = keras.Model()
+    runner.predict_step = predict_step
+    runner.compile(run_eagerly=model.run_eagerly, jit_compile=False)
+    try:
+        runner.predict(data, steps=steps, verbose=verbose)
+    except (StopIteration, UnboundLocalError):  # As the Kerases fail for want of a first batch.
+        if has_data:
+            raise
+        received = f"Received none, or an iterator that has ended: {data!r}"
+        raise ValueError(f"Expected data. {received}") from None
+
+
+def _batch_norm_classes(model) -> Tuple[type, ...]:
+    layers = kerases.of_model(model).layers
+    if not hasattr(layers, "experimental"):
+        return (layers.BatchNormalization,)
+    # tf_keras has a deprecated class beside it.
+    return (layers.BatchNormalization, layers.experimental.SyncBatchNormalization)
+
+
+def _kept_axes(layer, rank: int) -> Set[int]:
+    """The axes of the inputs along which the statistics lie."""
+    # Virtual batches, of tf_keras, count one dimension more.
+    shift = getattr(layer, "virtual_batch_size", None) is not None
+    # Keras 3 has one axis, which may count from the end.
+    return {(axis - shift) % rank for axis in tf.nest.flatten(layer.axis)}
 
 
 @contextlib.contextmanager
-def _called_as(layer: tf_keras.layers.Layer, call: Callable) -> Iterator[None]:
+def _called_as(layer, call: Callable) -> Iterator[None]:
     """A context in which `layer` calls `call` instead of its own method."""
     before = vars(layer).get("call")
     # An attribute of the instance comes before the method of its class; Keras's own setter would
@@ -221,14 +243,14 @@ def _called_as(layer: tf_keras.layers.Layer, call: Callable) -> Iterator[None]:
             vars(layer)["call"] = before
 
 
-def _traced_anew(module: tf.Module) -> contextlib.AbstractContextManager:
+def _traced_anew(layer) -> contextlib.AbstractContextManager:
     """A context in which a `tf.function` that is a layer's `call` is the Python function in it.
 
     What it has traced before would record nothing, and what it traces now would go on recording.
     """
-    call = getattr(module, "call", None)
+    call = layer.call
     if isinstance(call, tf.types.experimental.PolymorphicFunction):
-        return _called_as(module, call.python_function)
+        return _called_as(layer, call.python_function)
     return contextlib.nullcontext()
 
 
@@ -242,13 +264,13 @@ def _sum_variable(shape) -> tf.Variable:
 
 
 @contextlib.contextmanager
-def _unchanged(model: tf_keras.Model) -> Iterator[None]:
+def _unchanged(model) -> Iterator[None]:
     """A context after which the state that a forward pass can change is what it was before."""
-    state = list(model.non_trainable_variables)
+    state = list(model.variables)
     state += [variable for metric in model.metrics for variable in metric.variables]
     components = [
         component
-        for variable in state
+        for variable in map(kerases.tf_variable, state)
         if isinstance(variable, tf.Variable)
         for component in average_ops.all_components(variable)
     ]
@@ -260,16 +282,17 @@ def _unchanged(model: tf_keras.Model) -> Iterator[None]:
             average_ops.assign(component, value)
 
 
-def _statistics(layer: tf_keras.layers.Layer, moments: _Moments) -> List[Tuple[tf.Variable, tf.Tensor]]:
+def _statistics(layer, moments: _Moments) -> List[Tuple[Any, tf.Tensor]]:
     """The layer's statistics, each with its new value."""
     new = [(layer.moving_mean, moments.mean), (layer.moving_variance, moments.variance)]
-    if layer.renorm:
+    if getattr(layer, "renorm", False):
         new.append((layer.moving_stddev, tf.sqrt(moments.variance + layer.epsilon)))
     return new
 
 
-def _assign(variable: tf.Variable, value: tf.Tensor) -> None:
+def _assign(variable, value: tf.Tensor) -> None:
     """Sets a statistic, on all replicas that have one of their own, in all its shards."""
+    variable = kerases.tf_variable(variable)
     if isinstance(variable, tf.__internal__.distribute.ShardedVariable):
         variable.assign(tf.cast(value, variable.dtype))
         return
