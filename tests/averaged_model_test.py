@@ -310,7 +310,7 @@ class TestErrors:
             tfav.averaged_model(model, target=model)
 
     def test_not_models(self):
-        with pytest.raises(TypeError, match="Expected a `tf_keras.Model`. Received: 3"):
+        with pytest.raises(TypeError, match="Expected a `keras.Model` or `tf_keras.Model`. Received: 3"):
             tfav.averaged_model(3)
         with pytest.raises(TypeError, match="Received: 'teacher'"):
             tfav.averaged_model(MODELS["sequential"](), tfav.SWA("sgd"), "teacher")

@@ -15,29 +15,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
-from typing import List, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 import tensorflow as tf
-import tf_keras
 
 from tf_averaging import average_ops
 from tf_averaging import averaged_optimizer_wrapper
+from tf_averaging import kerases
 
 
 def averaged_model(
-    model: tf_keras.Model,
+    model,
     optimizer: Optional[averaged_optimizer_wrapper.AveragedOptimizerWrapper] = None,
-    target: Optional[tf_keras.Model] = None,
-) -> tf_keras.Model:
+    target=None,
+):
     """Returns a model of the same architecture that holds the averages of `model`'s weights.
 
     What is not averaged (statistics of BatchNormalization, by default) is what `model` holds when it
-    shows its averages. Training is not disturbed, whether the weights are swapped or not: `model` is as
-    it was afterwards, bit for bit.
+    shows its averages. Averages are read, never swapped, so training is not disturbed, whether the
+    weights are swapped or not.
 
     As the teacher of a Mean Teacher (arXiv:1703.01780) or the target network of BYOL (arXiv:2006.07733),
-    refreshed between steps, from a callback say:
+    refreshed between steps, by a callback for example:
 
     >>> student = tf_keras.Sequential([tf_keras.layers.Dense(1, input_shape=(2,))])
     >>> student.compile(tfav.ExponentialMovingAverage("sgd"), "mse")
@@ -47,11 +48,11 @@ def averaged_model(
     >>> _ = student.fit(tf.ones([8, 2]), tf.ones([8, 1]), callbacks=[refresh], verbose=0)
 
     Args:
-      model: a built model.
+      model: a built model of Keras 3 or tf_keras.
       optimizer: the averaging optimizer, or one around it; None for the one that `model` is compiled
         with.
-      target: a model to set, an earlier result say, of the same architecture; None for a new one, which
-        is a clone of `model`, under the same strategy, and not compiled. What is frozen may differ.
+      target: a model of the same architecture to set, an earlier result for example; None for a new one,
+        which is a clone of `model`, under the same strategy, and not compiled. What is frozen may differ.
 
     Returns:
       `target`, or the new model.
@@ -63,18 +64,16 @@ def averaged_model(
       RuntimeError: in a `tf.function`.
     """
     for argument in [model] if target is None else [model, target]:
-        if not isinstance(argument, tf_keras.Model):
-            received = f"Received: {argument!r} of type {type(argument)}"
-            raise TypeError(f"Expected a `tf_keras.Model`. {received}")
+        kerases.of_model(argument)
     if not tf.executing_eagerly():
         raise RuntimeError(
             "`averaged_model` cannot be called in a graph. Call it between calls of the `tf.function`, "
-            "in a callback say."
+            "in a callback for example."
         )
     found = averaged_optimizer_wrapper.averaging_optimizer(optimizer or getattr(model, "optimizer", None))
     if found is None:
         raise ValueError(
-            "Expected an averaging optimizer, `tf_averaging.ExponentialMovingAverage(...)` say, as "
+            "Expected an averaging optimizer, such as `tf_averaging.ExponentialMovingAverage(...)`, as "
             "`optimizer` or as what `model` is compiled with. Received: "
             f"{optimizer or getattr(model, 'optimizer', None)!r}"
         )
@@ -86,37 +85,40 @@ def averaged_model(
     if target is model:
         raise ValueError("Expected a `target` other than `model`, which holds the weights that train.")
     result = _clone(model) if target is None else target
-    pairs = list(zip(_matching(result, model), _variables(model)))
-    if not found.has_shadow_copy:  # The averages are the weights still.
-        _copy(pairs)
-    else:
+    twins = _matching(result, model)
+    if found.has_shadow_copy:  # Until then the averages are the weights.
         _check_averages(found, model)
-        with found.swapped_weights():
-            _copy(pairs)
+    for twin, variable in zip(twins, _variables(model)):
+        average = _average(found, variable)
+        if average is None:
+            _copy(twin, variable)
+        else:
+            _assign(twin, average)
     if target is None:
         _copy_adapted(model, result)
     return result
 
 
-def _check_averages(
-    optimizer: averaged_optimizer_wrapper.AveragedOptimizerWrapper, model: tf_keras.Model
-) -> None:
-    for variable in model.variables:
-        try:
-            optimizer.get_slot(variable, "average")
-            return
-        except KeyError:
-            pass
-    raise ValueError(
-        "Expected the optimizer that averages the model's weights. Received one that has averages of "
-        f"other variables only: {optimizer!r}"
-    )
-
-
-def _clone(model: tf_keras.Model) -> tf_keras.Model:
+def _average(optimizer: averaged_optimizer_wrapper.AveragedOptimizerWrapper, variable):
+    """The average of `variable`, None if it has none."""
     try:
-        with model.distribute_strategy.scope():
-            clone = tf_keras.models.clone_model(model)
+        return optimizer.get_average(variable)
+    except KeyError:
+        return None
+
+
+def _check_averages(optimizer: averaged_optimizer_wrapper.AveragedOptimizerWrapper, model) -> None:
+    if all(_average(optimizer, variable) is None for variable in model.variables):
+        raise ValueError(
+            "Expected the optimizer that averages the model's weights. Received one that has averages of "
+            f"other variables only: {optimizer!r}"
+        )
+
+
+def _clone(model):
+    try:
+        with model.distribute_strategy.scope(), _uncompiled(model):
+            clone = kerases.of(model).models.clone_model(model)
             if not clone.built:
                 clone.build_from_config(model.get_build_config())
         return clone
@@ -128,36 +130,54 @@ def _clone(model: tf_keras.Model) -> tf_keras.Model:
         ) from error
 
 
-def _copy_adapted(model: tf_keras.Model, clone: tf_keras.Model) -> None:
+@contextlib.contextmanager
+def _uncompiled(model) -> Iterator[None]:
+    """A context in which Keras 3 takes the model for one that is not compiled.
+
+    It would compile the clone of a compiled one, with a second optimizer and all its state. tf_keras does
+    not, and has no such attribute.
+    """
+    compiled = getattr(model, "compiled", False)
+    if compiled:
+        model.compiled = False
+    try:
+        yield
+    finally:
+        if compiled:
+            model.compiled = compiled
+
+
+def _copy_adapted(model, clone) -> None:
     """Gives the clone what `adapt` computed and the layer keeps in other things than variables."""
     for layer, twin in zip(model._flatten_layers(), clone._flatten_layers()):
         if hasattr(layer, "load_assets"):
             with tempfile.TemporaryDirectory() as path:
                 layer.save_assets(path)
                 twin.load_assets(path)
-        if isinstance(layer, tf_keras.layers.experimental.preprocessing.PreprocessingLayer):
+        if hasattr(twin, "finalize_state") and twin.variables:  # Others have it from the config.
             twin.finalize_state()
 
 
-def _variables(model: tf_keras.Model) -> List[tf.Variable]:
+def _variables(model) -> List[Any]:
     """The model's variables, layer by layer.
 
-    `model.variables` has trainable ones first within each layer that is made of others, so its order is
-    another one where a part is frozen.
+    `model.variables` of tf_keras has trainable ones first within each layer that is made of others, so
+    its order is another one where a part is frozen.
     """
-    own = [
-        variable
-        for layer in model._flatten_layers()
-        for variable in layer._trainable_weights + layer._non_trainable_weights
-    ]
-    place = {id(variable): index for index, variable in enumerate(own)}
-    variables = [variable for variable in model.variables if isinstance(variable, tf.Variable)]
-    return sorted(variables, key=lambda variable: place.get(id(variable), len(own)))
+    place: Dict[int, int] = {}
+    for layer in model._flatten_layers():
+        parts = layer._flatten_layers(recursive=False, include_self=False)
+        not_its_own = {id(variable) for part in parts for variable in part.variables}
+        for variable in layer.variables:
+            if id(variable) not in not_its_own:
+                place.setdefault(id(variable), len(place))
+    variables = [v for v in model.variables if isinstance(kerases.tf_variable(v), tf.Variable)]
+    return sorted(variables, key=lambda variable: place.get(id(variable), len(place)))
 
 
-def _matching(target: tf_keras.Model, model: tf_keras.Model) -> List[tf.Variable]:
+def _matching(target, model) -> List[Any]:
     """The variables of `target`, which must be like those of `model`."""
-    found, expected = ([(v.shape, _dtype(v)) for v in _variables(m)] for m in (target, model))
+    found, expected = ([_shape_and_dtype(v) for v in _variables(m)] for m in (target, model))
     if found != expected:
         difference = next((pair for pair in zip(expected, found) if pair[0] != pair[1]), None)
         raise ValueError(
@@ -167,16 +187,24 @@ def _matching(target: tf_keras.Model, model: tf_keras.Model) -> List[tf.Variable
     return _variables(target)
 
 
-def _dtype(variable: tf.Variable) -> tf.DType:
-    return average_ops.all_components(variable)[0].dtype
+def _components(variable) -> List[average_ops.Component]:
+    return average_ops.all_components(kerases.tf_variable(variable))
 
 
-def _copy(pairs: Sequence[Tuple[tf.Variable, tf.Variable]]) -> None:
-    """Sets each first variable to the second one's value; buffers are shared until one is written."""
-    for target, source in pairs:
-        targets, sources = map(average_ops.all_components, (target, source))
-        if len(targets) == len(sources):
-            average_ops.copy(list(zip(targets, sources)))
-        else:  # One of the models lives under a strategy and the other does not.
-            for component in targets:
-                average_ops.assign(component, tf.convert_to_tensor(source.read_value()))
+def _shape_and_dtype(variable) -> Tuple[tf.TensorShape, tf.DType]:
+    component = _components(variable)[0]
+    return component.shape, component.dtype
+
+
+def _assign(variable, value: tf.Tensor) -> None:
+    for component in _components(variable):
+        average_ops.assign(component, tf.cast(value, component.dtype))
+
+
+def _copy(target, source) -> None:
+    """Sets `target` to the value of `source`; buffers are shared until one is written."""
+    targets, sources = _components(target), _components(source)
+    if len(targets) == len(sources):
+        average_ops.copy(list(zip(targets, sources)))
+    else:  # One of the models lives under a strategy and the other does not.
+        _assign(target, tf.convert_to_tensor(kerases.tf_variable(source).read_value()))
