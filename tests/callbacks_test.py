@@ -594,6 +594,8 @@ class TestErrors:
             tfav.callbacks.AverageModelCheckpoint("model.keras", "val_loss")
         with pytest.raises(TypeError, match="Received: save_best, weights"):
             tfav.callbacks.AverageModelCheckpoint(False, "model.keras", weights=1, save_best=True)
+        with pytest.raises(ValueError, match="keeps no averages.*SGD"):
+            tfav.callbacks.SwapAverageWeights(optimizer=tf_keras.optimizers.SGD())
 
 
 class TestResume:
@@ -744,19 +746,19 @@ class TestAverageModelCheckpoint:
     def test_best_is_the_best_average(self, tmp_path, swap_on_epoch):
         model = compiled(optimizer=tfav.ExponentialMovingAverage(tf_keras.optimizers.SGD(0.3)))
         path = tmp_path / "best.keras"
+        checkpoint = tfav.callbacks.AverageModelCheckpoint(False, str(path), save_best_only=True)
+        assert checkpoint.best is None
         history = model.fit(
             X,
             Y,
             validation_data=(X, Y),
             epochs=8,
-            callbacks=[
-                tfav.callbacks.SwapAverageWeights(swap_on_epoch),
-                tfav.callbacks.AverageModelCheckpoint(False, str(path), save_best_only=True),
-            ],
+            callbacks=[tfav.callbacks.SwapAverageWeights(swap_on_epoch), checkpoint],
             **FIT,
         ).history["val_loss"]
         loss = tf_keras.models.load_model(path).evaluate(X, Y, verbose=0)
         np.testing.assert_allclose(loss, min(history), rtol=1e-5)
+        assert checkpoint.best == min(history)
 
     def test_file_resumes_from_the_raw_weights(self, tmp_path):
         model, recorder = compiled(), Recorder()
@@ -802,6 +804,39 @@ class TestAverageModelCheckpoint:
         with pytest.raises(OSError, match="directory"):
             model.fit(X, Y, callbacks=[recorder, checkpoint], **FIT)
         assert recorder.what() == "raw"
+
+
+@pytest.mark.parametrize(
+    "wrap", [lambda optimizer: optimizer, tf_keras.mixed_precision.LossScaleOptimizer]
+)
+def test_optimizer_that_the_model_is_not_compiled_with(tmp_path, wrap):
+    """It is told of the weights by hand."""
+    model = compiled(optimizer="sgd")
+    optimizer = tfav.SWA(tf_keras.optimizers.SGD(), 0, 1)
+    optimizer.shadow_copy(model.trainable_variables)
+    weight = iter([1.0] + [0.5] * (EPOCH - 1))
+    update = tf_keras.callbacks.LambdaCallback(
+        on_batch_end=lambda batch, logs: optimizer.update_average(next(weight))
+    )
+    path = tmp_path / "model.keras"
+    given = wrap(optimizer)
+    swap = tfav.callbacks.SwapAverageWeights(swap_on_epoch=True, optimizer=given)
+    checkpoint = tfav.callbacks.AverageModelCheckpoint(False, path, optimizer=given)
+    assert swap.optimizer is checkpoint.optimizer is optimizer
+    model.fit(X, Y, callbacks=[update, checkpoint, swap], **FIT)
+    assert optimizer.weights_swapped
+    averages = trainable(model)
+    assert same(trainable(tf_keras.models.load_model(path)), averages)
+    optimizer.swap_weights()
+    assert not same(trainable(model), averages)
+
+
+def test_callbacks_are_of_the_keras(keras):
+    for callback in (
+        tfav.callbacks.SwapAverageWeights(),
+        tfav.callbacks.AverageModelCheckpoint(False, "unused"),
+    ):
+        assert isinstance(callback, keras.callbacks.Callback)
 
 
 class TestOtherCallbacks:

@@ -81,7 +81,7 @@ def test_wheel_holds_the_package_and_nothing_else(distributions):
         names = set(archive.namelist())
         (metadata_name,) = [name for name in names if name.endswith(".dist-info/METADATA")]
         metadata = email.message_from_bytes(archive.read(metadata_name))
-    modules = {f"tf_averaging/{path.name}" for path in (ROOT / "tf_averaging").glob("*.py")}
+    modules = {str(path.relative_to(ROOT)) for path in (ROOT / "tf_averaging").rglob("*.py")}
     assert {name for name in names if ".dist-info/" not in name} == modules | {"tf_averaging/py.typed"}
     assert any(name.endswith("LICENSE") for name in names)
     assert metadata["Name"].replace("-", "_") == "tf_averaging"

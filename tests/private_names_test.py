@@ -11,9 +11,11 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The private names of TensorFlow and tf_keras that the package rests on, each with what it must do."""
+"""Private names of TensorFlow and the Kerases that the package rests on, each with what it must do."""
 
+import keras as keras_3
 import numpy as np
+import pytest
 import tensorflow as tf
 import tf_keras
 
@@ -111,34 +113,47 @@ def test_checkpoint_takes_the_averages_for_slots(tmp_path):
     assert "get_slot_names" not in dir(optimizer)
 
 
-def test_model_checkpoint_writes_files_by_save_handler(tmp_path, monkeypatch):
-    written = []
-    monkeypatch.setattr(
-        tf_keras.callbacks.ModelCheckpoint, "_save_handler", lambda self, path: written.append(path)
-    )
-    model = tf_keras.Sequential([tf_keras.layers.Dense(1, input_shape=(1,))])
+@pytest.mark.parametrize("weights_only", [False, True])
+def test_model_checkpoint_writes_files_by_two_methods(keras, tmp_path, monkeypatch, weights_only):
+    model = keras.Sequential([keras.Input([1]), keras.layers.Dense(1)])
     model.compile("sgd", "mse")
-    checkpoint = tf_keras.callbacks.ModelCheckpoint(str(tmp_path / "{epoch}.keras"))
+    written = []
+    method = "save_weights" if weights_only else "save"
+    monkeypatch.setattr(model, method, lambda path, **options: written.append(path))
+    suffix = "weights.h5" if weights_only else "keras"
+    checkpoint = keras.callbacks.ModelCheckpoint(
+        str(tmp_path / "{epoch}.") + suffix, save_weights_only=weights_only
+    )
     model.fit(tf.ones([1, 1]), tf.ones([1, 1]), epochs=2, callbacks=[checkpoint], verbose=0)
-    assert written == [str(tmp_path / "1.keras"), str(tmp_path / "2.keras")]
+    assert written == [str(tmp_path / f"{epoch}.{suffix}") for epoch in (1, 2)]
 
 
 def test_callback_that_wants_no_logs_is_not_waited_for():
-    callbacks = tf_keras.callbacks.CallbackList([tfav.callbacks.SwapAverageWeights()])
+    checkpoint = tfav.callbacks.AverageModelCheckpoint(False, "unused")
+    callbacks = tf_keras.callbacks.CallbackList([tfav.callbacks.SwapAverageWeights(), checkpoint])
     assert callbacks._supports_tf_logs
+    assert not tf_keras.callbacks.CallbackList([checkpoint])._should_call_train_batch_hooks
 
 
-def test_callbacks_of_one_training_share_their_parameters():
-    callbacks = [tf_keras.callbacks.Callback() for _ in range(2)]
-    tf_keras.callbacks.CallbackList(callbacks, epochs=3, steps=2)
+def test_callbacks_of_one_training_share_their_parameters(keras):
+    callbacks = [keras.callbacks.Callback() for _ in range(2)]
+    keras.callbacks.CallbackList(callbacks, epochs=3, steps=2)
     assert callbacks[0].params is callbacks[1].params
     assert callbacks[0].params == {"epochs": 3, "steps": 2}
 
 
-def test_layer_calls_the_instances_own_call():
-    layer = tf_keras.layers.BatchNormalization()
-    inputs = tf_keras.Input([2])
-    model = tf_keras.Model(inputs, layer(inputs))
+def test_callback_knows_the_model_by_one_name(keras):
+    """`_model` of Keras 3, which tf_keras sets through the property."""
+    callback = tfav.callbacks.SwapAverageWeights()
+    model = keras.Sequential()
+    keras.callbacks.CallbackList([callback], model=model)
+    assert callback.model is callback._model is model
+
+
+def test_layer_calls_the_instances_own_call(keras):
+    layer = keras.layers.BatchNormalization()
+    inputs = keras.Input([2])
+    model = keras.Model(inputs, layer(inputs))
     seen = []
     call = layer.call
 
@@ -152,18 +167,33 @@ def test_layer_calls_the_instances_own_call():
     assert seen == [True, False]
 
 
-def test_layers_of_a_model_have_weights_of_their_own():
-    """In an order that does not depend on what is frozen."""
-    norm = tf_keras.layers.BatchNormalization(input_shape=(2,))
-    model = tf_keras.Sequential([tf_keras.Sequential([norm]), tf_keras.layers.Dense(1)])
-    for _ in range(2):
-        flat = list(model._flatten_layers())
-        own = [w for layer in flat for w in layer._trainable_weights + layer._non_trainable_weights]
-        assert [w.name.split("/")[-1].split(":")[0] for w in own] == [
-            *("gamma", "beta", "moving_mean", "moving_variance"),
-            *("kernel", "bias"),
-        ]
-        norm.trainable = False
+@pytest.mark.parametrize("has_argument", [False, True])
+def test_keras_3_says_whether_a_model_is_called_with_a_mode(has_argument):
+    def call(self, inputs, training=None):
+        return inputs
+
+    def call_without(self, inputs):
+        return inputs
+
+    model = type("Own", (keras_3.Model,), {"call": call if has_argument else call_without})()
+    assert model._call_has_training_arg == has_argument
+
+
+def test_flatten_layers_lists_parts_in_their_order(keras):
+    norm = keras.layers.BatchNormalization()
+    inner, dense = keras.Sequential([norm]), keras.layers.Dense(1)
+    model = keras.Sequential([keras.Input([2]), inner, dense])
+    flat = [layer for layer in model._flatten_layers() if type(layer).__name__ != "InputLayer"]
+    assert flat == [model, inner, norm, dense]
+    parts = model._flatten_layers(recursive=False, include_self=False)
+    assert [layer for layer in parts if type(layer).__name__ != "InputLayer"] == [inner, dense]
+
+
+def test_keras_3_variable_holds_a_variable_of_tensorflow():
+    variable = keras_3.Variable(1.0)
+    assert isinstance(variable._value, tf.Variable)
+    variable._value.assign(2.0)
+    assert variable.numpy() == 2.0
 
 
 def test_restore_hands_over_what_it_cannot_match(tmp_path):

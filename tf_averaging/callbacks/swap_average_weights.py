@@ -11,24 +11,20 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Keras callbacks that let evaluation and checkpoints see the averages."""
+"""Evaluation of the averages, training of the weights."""
 
 from __future__ import annotations
 
-import os
-from typing import Any, Dict, Optional, Union
+from typing import Any, Dict, Optional
 
-import tensorflow as tf
-import tf_keras
 from absl import logging
 
 from tf_averaging import argument_checks
 from tf_averaging import averaged_optimizer_wrapper
+from tf_averaging.callbacks import averaging_callback
 
-__all__ = ["AverageModelCheckpoint", "SwapAverageWeights"]
 
-
-class SwapAverageWeights(tf_keras.callbacks.Callback):
+class SwapAverageWeights(averaging_callback.AveragingCallback):
     """Puts the averages into the model for `evaluate` and `predict`, and the weights back for training.
 
     Validation in `fit` then measures the averaged model, which is what will be used, while training goes
@@ -46,8 +42,8 @@ class SwapAverageWeights(tf_keras.callbacks.Callback):
 
     It looks at what the model holds and never toggles blindly. If an evaluation is left by an exception
     or Ctrl-C, of which Keras tells no callback, the averages stay in the model and the weights in the
-    slots; the next hook, of `fit` say, returns to where training was. `with optimizer.swapped_weights():`
-    around a call of `evaluate` returns at once.
+    slots; the next hook, of `fit` for example, returns to where training was. `with
+    optimizer.swapped_weights():` around a call of `evaluate` returns at once.
 
     A model that is resumed from a checkpoint which was written while swapped trains from the raw weights.
 
@@ -71,28 +67,29 @@ class SwapAverageWeights(tf_keras.callbacks.Callback):
         `fit` returns; the raw weights are in the slots, and the next `fit` begins from them.
       begin_epoch: int >= 0, the epoch (counted from 0) with which averaging starts; an alternative to a
         start in steps. The step at which that is becomes part of the optimizer's state.
+      optimizer: the averaging optimizer, for models that are compiled with another one; None for the one
+        that the model is compiled with.
 
     Raises:
       TypeError: if `swap_on_epoch` is not a bool or `begin_epoch` not an int.
-      ValueError: if `begin_epoch` is negative; when training begins, if the model's optimizer does not
-        average, or if `begin_epoch` is not below the number of epochs, the number of steps in an epoch is
-        not known, or the optimizer was given a start in steps.
+      ValueError: if `begin_epoch` is negative or `optimizer` does not average; when training begins, if
+        the model's optimizer does not average, or if `begin_epoch` is not below the number of epochs, the
+        number of steps in an epoch is not known, or the optimizer was given a start in steps.
     """
 
-    def __init__(self, swap_on_epoch: bool = False, begin_epoch: int = 0):
-        super().__init__()
-        self.params: Dict[str, Any] = {}  # A custom loop may not set any.
-        self.swap_on_epoch = _checked_bool("swap_on_epoch", swap_on_epoch)
+    def __init__(
+        self,
+        swap_on_epoch: bool = False,
+        begin_epoch: int = 0,
+        *,
+        optimizer: Optional[averaged_optimizer_wrapper.AveragedOptimizerWrapper] = None,
+    ):
+        super().__init__(optimizer)
+        self.swap_on_epoch = averaging_callback.checked_bool("swap_on_epoch", swap_on_epoch)
         self.begin_epoch = argument_checks.checked_count("begin_epoch", begin_epoch, minimum=0)
         # What the model held before the evaluation that runs now; None if none runs, as far as is known.
         self._before_evaluation: Optional[bool] = None
         self._first_epoch = False
-        self._supports_tf_logs = True  # Nothing here reads them: no reason to wait for their values.
-
-    @property
-    def optimizer(self) -> averaged_optimizer_wrapper.AveragedOptimizerWrapper:
-        """The model's averaging optimizer."""
-        return _averaging_optimizer(self.model)
 
     def set_params(self, params: Dict[str, Any]) -> None:
         """Keeps the parameters of `fit`, and leaves a note in them for `AverageModelCheckpoint`.
@@ -228,129 +225,3 @@ class SwapAverageWeights(tf_keras.callbacks.Callback):
                 epochs - epoch,
                 steps,
             )
-
-
-class AverageModelCheckpoint(tf_keras.callbacks.ModelCheckpoint):
-    """A `ModelCheckpoint` whose files hold the averaged model.
-
-    Weights and averages are exchanged while a file is written, so nothing is copied. The optimizer in the
-    file remembers it: a training resumed from it goes on from the raw weights, with `SwapAverageWeights`
-    or after `optimizer.swap_weights()`, while the model in it is ready for use. Where the averages are in
-    the model anyway, it is saved as it is.
-
-    >>> import os, tempfile
-    >>> path = os.path.join(tempfile.mkdtemp(), "model.keras")
-    >>> model = tf_keras.Sequential([tf_keras.layers.Dense(1, input_shape=(2,))])
-    >>> model.compile(tfav.SWA("sgd", 0, 1), "mse")
-    >>> x, y = tf.ones([8, 2]), tf.ones([8, 1])
-    >>> callbacks = [
-    ...     tfav.callbacks.SwapAverageWeights(),  # The monitored loss is the averaged model's.
-    ...     tfav.callbacks.AverageModelCheckpoint(False, path, "val_loss", save_best_only=True)]
-    >>> _ = model.fit(x, y, validation_data=(x, y), callbacks=callbacks, verbose=0)
-    >>> averaged = tf_keras.models.load_model(path)
-
-    Args:
-      update_weights: whether the model itself is set to the averages when they are saved, so that
-        training goes on from them.
-      filepath: see `tf_keras.callbacks.ModelCheckpoint`, as for all that follow.
-      monitor: name of the metric to judge by.
-      verbose: 0 or 1.
-      save_best_only: whether to save only where `monitor` improved. `SwapAverageWeights` makes it the
-        averaged model's.
-      save_weights_only: whether to save weights only.
-      mode: `"auto"`, `"min"` or `"max"`.
-      save_freq: `"epoch"`, or a number of batches.
-      options: `tf.train.CheckpointOptions` with `save_weights_only`, else `tf.saved_model.SaveOptions`.
-      initial_value_threshold: what `monitor` must improve on at first, with `save_best_only`.
-      **kwargs: `period` and `load_weights_on_restart`, which `ModelCheckpoint` has deprecated.
-
-    Raises:
-      TypeError: if `update_weights` is not a bool, or an argument is unknown.
-      ValueError: when training begins, if the model's optimizer does not average, or if `update_weights`
-        meets `SwapAverageWeights(swap_on_epoch=True)`, with which there are no weights to update.
-    """
-
-    def __init__(
-        self,
-        update_weights: bool,
-        filepath: Union[str, os.PathLike],
-        monitor: str = "val_loss",
-        verbose: int = 0,
-        save_best_only: bool = False,
-        save_weights_only: bool = False,
-        mode: str = "auto",
-        save_freq: Union[str, int] = "epoch",
-        options: Union[None, tf.train.CheckpointOptions, tf.saved_model.SaveOptions] = None,
-        initial_value_threshold: Optional[float] = None,
-        **kwargs,
-    ):
-        self.params: Dict[str, Any] = {}  # A custom loop may not set any.
-        self.update_weights = _checked_bool("update_weights", update_weights)
-        unknown = sorted(kwargs.keys() - {"period", "load_weights_on_restart"})
-        if unknown:  # ModelCheckpoint would ignore them.
-            raise TypeError(f"Expected arguments of `ModelCheckpoint`. Received: {', '.join(unknown)}")
-        super().__init__(
-            os.fspath(filepath),
-            monitor,
-            verbose,
-            save_best_only,
-            save_weights_only,
-            mode,
-            save_freq,
-            options,
-            initial_value_threshold,
-            **kwargs,
-        )
-
-    def on_train_begin(self, logs=None):
-        """Creates the averages."""
-        _averaging_optimizer(self.model).shadow_copy(self.model)
-        if self.update_weights and self.params.get("swap_on_epoch"):
-            raise ValueError(
-                "With `SwapAverageWeights(swap_on_epoch=True)` the averages are in the model when it is "
-                "saved, and the raw weights come back for the next epoch. Expected either that or "
-                "`update_weights=True`, not both."
-            )
-        super().on_train_begin(logs)
-
-    def _save_handler(self, filepath):
-        # What ModelCheckpoint calls when it has decided to write a file.
-        optimizer = _averaging_optimizer(self.model)
-        if not optimizer.has_shadow_copy:  # The averages are the weights still.
-            super()._save_handler(filepath)
-        elif self.update_weights and not optimizer.weights_swapped:
-            optimizer.assign_average_vars(self.model.variables)
-            super()._save_handler(filepath)
-        else:
-            with optimizer.swapped_weights():
-                super()._save_handler(filepath)
-
-
-def _averaging_optimizer(
-    model: tf_keras.Model,
-) -> averaged_optimizer_wrapper.AveragedOptimizerWrapper:
-    """The outermost averaging optimizer of a compiled model, under a LossScaleOptimizer say.
-
-    Args:
-      model: a compiled model.
-
-    Raises:
-      ValueError: if there is none.
-    """
-    compiled = getattr(model, "optimizer", None)
-    optimizer = averaged_optimizer_wrapper.averaging_optimizer(compiled)
-    if optimizer is not None:
-        return optimizer
-    raise ValueError(
-        "The model's optimizer keeps no averages. Expected one that does around the optimizer that "
-        "trains: `model.compile(tf_averaging.ExponentialMovingAverage(optimizer), ...)` or "
-        f"`tf_averaging.SWA(optimizer)`. Received a model compiled with: {compiled!r}"
-    )
-
-
-def _checked_bool(name: str, value: bool) -> bool:
-    if not isinstance(value, bool):
-        raise TypeError(
-            f"Expected `{name}` to be a bool. Received: {name}={value!r} of type {type(value)}"
-        )
-    return value

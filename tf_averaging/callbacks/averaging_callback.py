@@ -1,0 +1,80 @@
+# Copyright 2026 The tf_averaging Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What the callbacks have in common: they are of both Kerases, and they know the averaging optimizer."""
+
+from __future__ import annotations
+
+from typing import Any, Dict, Optional
+
+from tf_averaging import averaged_optimizer_wrapper
+from tf_averaging import kerases
+
+_CALLBACKS = kerases.bases("callbacks.Callback")
+
+
+class AveragingCallback(*_CALLBACKS):  # type: ignore[misc]
+    """A callback of every Keras at once, for models with an averaging optimizer."""
+
+    def __init__(self, optimizer: Optional[averaged_optimizer_wrapper.AveragedOptimizerWrapper]):
+        for base in _CALLBACKS:  # Neither calls the other's.
+            base.__init__(self)
+        self.params: Dict[str, Any] = {}  # A custom loop may not set any.
+        # What tf_keras asks: nothing here reads logs, so there is no reason to wait for their values.
+        self._supports_tf_logs = True
+        self._given_optimizer = None if optimizer is None else _averaging_optimizer(optimizer)
+
+    @property
+    def model(self):
+        """The model that is trained or evaluated."""
+        return self._model
+
+    @model.setter
+    def model(self, model):
+        # An attribute in tf_keras, which sets it; a property that reads `_model` in Keras 3.
+        self._model = model
+
+    @property
+    def optimizer(self) -> averaged_optimizer_wrapper.AveragedOptimizerWrapper:
+        """The averaging optimizer: the one given, or the one in the model's optimizer."""
+        if self._given_optimizer is not None:
+            return self._given_optimizer
+        return _averaging_optimizer(getattr(self.model, "optimizer", None))
+
+
+def _averaging_optimizer(compiled) -> averaged_optimizer_wrapper.AveragedOptimizerWrapper:
+    """The outermost averaging optimizer in another one, in a LossScaleOptimizer for example.
+
+    Args:
+      compiled: what a model is compiled with, or None.
+
+    Raises:
+      ValueError: if there is none.
+    """
+    optimizer = averaged_optimizer_wrapper.averaging_optimizer(compiled)
+    if optimizer is not None:
+        return optimizer
+    raise ValueError(
+        "The model's optimizer keeps no averages. Expected one that does around the optimizer that "
+        "trains: `model.compile(tf_averaging.ExponentialMovingAverage(optimizer), ...)` or "
+        f"`tf_averaging.SWA(optimizer)`. Received a model compiled with: {compiled!r}"
+    )
+
+
+def checked_bool(name: str, value: bool) -> bool:
+    """Returns `value`, which must be a bool."""
+    if not isinstance(value, bool):
+        raise TypeError(
+            f"Expected `{name}` to be a bool. Received: {name}={value!r} of type {type(value)}"
+        )
+    return value
