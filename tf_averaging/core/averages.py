@@ -1,0 +1,422 @@
+# Copyright 2026 The tf_averaging Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The averages of a set of variables: slots beside them, read, exchanged and assigned."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from typing import Any, Callable, Iterable, Iterator, List, Optional, Sequence, Tuple, TypeVar, Union
+
+import numpy as np
+import tensorflow as tf
+
+from tf_averaging.core import exchange
+from tf_averaging.core import fold
+from tf_averaging.core import variables as core_variables
+from tf_averaging.core.fold import Pair
+from tf_averaging.core.status import NOT_SET
+from tf_averaging.core.status import Clock
+from tf_averaging.core.status import Status
+from tf_averaging.core.status import check_program_order
+from tf_averaging.core.variables import VariableMap
+from tf_averaging.core.variables import components
+
+Value = TypeVar("Value")
+
+ASSIGN_WHILE_SWAPPED_ERROR = (
+    "The averages are in the model already (`weights_swapped` is True), and the weights are in the "
+    "slots: they would be lost. Call `swap_weights()` first."
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Slots:
+    """What is kept for one variable of the model.
+
+    Attributes:
+      variable: the model's.
+      kind: the slot's name in a checkpoint: `"average"`, or `"exchanged"` for a value that is exchanged
+        with the variable's, but that nothing is folded into.
+      average: its average; while swapped, the weights.
+      stash: the place for the weights while swapped, where the average has another dtype than the
+        variable; otherwise None.
+    """
+
+    variable: tf.Variable
+    kind: str
+    average: tf.Variable
+    stash: Optional[tf.Variable]
+
+
+@dataclasses.dataclass(eq=False)
+class Averages:
+    """The averages of a set of variables.
+
+    While an average holds no updates it *is* the current weights: its slot is brought up to date before
+    anybody looks (`refresh`).
+
+    All variables here live where the model's do: in the same strategy, with one component for each
+    replica, on the same devices. Methods work on the components that their context may touch.
+
+    Attributes:
+      average_dtype: a floating-point dtype for averages of variables that are narrower; None for float32
+        averages of float16 and bfloat16 variables.
+      jit_compile: whether XLA compiles the update: `"auto"` for large variables, or a bool.
+      slots: what is kept for each variable.
+      status: clocks, count and flag; None until there are slots.
+      when_added: called with the variables that got averages, whoever asked for them.
+      on_devices: does work on all averages of a device.
+    """
+
+    average_dtype: Optional[tf.DType] = None
+    jit_compile: Union[bool, str] = "auto"
+    slots: VariableMap[Slots] = dataclasses.field(default_factory=VariableMap)
+    status: Any = None  # A `Status`.
+    when_added: List[Callable[[List[tf.Variable]], None]] = dataclasses.field(default_factory=list)
+    on_devices: fold.DeviceFunctions = dataclasses.field(default_factory=fold.DeviceFunctions)
+    _first_step: int = NOT_SET
+
+    def __post_init__(self):
+        self.average_dtype = _checked_average_dtype(self.average_dtype)
+        self.jit_compile = _checked_jit_compile(self.jit_compile)
+
+    def __len__(self) -> int:
+        return len(self.slots)
+
+    # Which variables have averages.
+
+    def add(self, variables: Iterable[tf.Variable], kind: str = "average") -> List[tf.Variable]:
+        """Gives a slot of this kind, equal to its value now, to each variable that has none yet.
+
+        Returns:
+          The variables that had none.
+        """
+        new = [variable for variable in variables if variable not in self.slots]
+        if not new:
+            return new
+        check_program_order()
+        with tf.init_scope():
+            self.create_status(new[0])
+            for variable in new:
+                self.slots[variable] = self._create_slots(variable, kind)
+                if kind == "average":
+                    self.status.add(variable)
+            for callback in self.when_added:
+                callback(new)
+        return new
+
+    def create(self, selection: core_variables.VariableSelection) -> None:
+        """Creates the averages that are wanted and missing."""
+        check_program_order()
+        if self.add(selection.wanted()):
+            self.order(selection.in_order())
+
+    def create_status(self, like: Optional[tf.Variable]) -> Status:
+        """Returns the status, created where `like` lives if there is none yet."""
+        if self.status is None:
+            self.status = Status(like, self._first_step)
+        return self.status
+
+    def _create_slots(self, variable: tf.Variable, kind: str) -> Slots:
+        dtype = core_variables.stored_dtype(variable)
+        average_dtype = self.average_dtype_of(dtype) if kind == "average" else dtype
+        average = core_variables.create_slot(variable, average_dtype, "average")
+        has_stash = average_dtype != dtype
+        stash = core_variables.create_slot(variable, dtype, "stash") if has_stash else None
+        return Slots(variable, kind, average, stash)
+
+    def average_dtype_of(self, dtype: tf.DType) -> tf.DType:
+        """The dtype for the average of a variable of `dtype`: never narrower."""
+        requested = self.average_dtype
+        if dtype.is_complex:
+            return dtype
+        if requested is None:
+            # 8 or 11 significant bits lose most updates.
+            return tf.float32 if dtype.size < tf.float32.size else dtype
+        if requested.size == dtype.size and requested != dtype:
+            return tf.float32  # float16 and bfloat16: neither holds the other.
+        return requested if requested.size > dtype.size else dtype
+
+    def needs_stash(self, variable: tf.Variable) -> bool:
+        """Whether the variable's average has, or would have, another dtype."""
+        dtype = core_variables.stored_dtype(variable)
+        return self.average_dtype_of(dtype) != dtype
+
+    def keep_only(self, variables: Iterable[tf.Variable]) -> None:
+        """Forgets the averages of all other variables."""
+        kept = VariableMap((v, self.slots[v]) for v in variables if v in self.slots)
+        self.slots = VariableMap((v, s) for v, s in self.slots.items() if v in kept)
+        if self.status is not None:
+            self.status.keep_only(self.slots)
+
+    def order(self, variables: Iterable[tf.Variable]) -> None:
+        """Gives clocks that have no place yet the order of these variables, which come first.
+
+        What is saved by position must depend on the model alone, and not on the order in which a restore
+        happened to create the averages.
+        """
+        if self.status is not None:
+            self.status.order(variables)
+
+    def averaged(self) -> List[Slots]:
+        """The slots that are folded into, in the order of the clocks."""
+        return [] if self.status is None else [self.slots[v] for v in self.status.variables()]
+
+    def are_shared_by_replicas(self) -> bool:
+        """Whether the replicas of the context have one set of averages between them."""
+        return self.status is not None and core_variables.is_shared_by_replicas(self.status.count)
+
+    def once(self, work: Callable[[], Value]) -> Value:
+        """Calls `work` here, or once for all replicas where they share the averages."""
+        if self.are_shared_by_replicas():
+            shared = core_variables.as_written(lambda _: work())
+            return tf.distribute.get_replica_context().merge_call(shared)
+        return work()
+
+    # Looking.
+
+    def slot(self, variable: Any) -> Any:
+        """The slot of a variable, brought up to date. It holds the weights while swapped."""
+        if isinstance(variable, core_variables.ShardedVariable):
+            return core_variables.ShardedVariable([self.slot(shard) for shard in variable.variables])
+        if tf.executing_eagerly() and not core_variables.in_replica_context():
+            self.refresh()
+        return self.slots[variable].average
+
+    def num_averaged(self) -> tf.Tensor:
+        """How many updates the average holds that has most: scalar int64 tensor."""
+        if self.status is None or not self.averaged():
+            return tf.zeros([], tf.int64)
+        return tf.reduce_max(self.status.updates())
+
+    def is_swapped(self) -> tf.Tensor:
+        """Whether averages and weights are exchanged now: scalar bool tensor."""
+        return tf.constant(False) if self.status is None else self.status.is_swapped()
+
+    def refresh(self) -> List[tf.Tensor]:
+        """Sets the averages that hold no updates to the current weights, unless swapped.
+
+        Returns:
+          What must run before the averages are used.
+        """
+        if not self.averaged():
+            return []
+        empty = tf.equal(self.status.updates(), 0)
+        stale = tf.logical_and(tf.reduce_any(empty), tf.logical_not(self.is_swapped()))
+        if not tf.executing_eagerly():
+            return self.copy_weights(empty, stale)
+        if stale:
+            pairs, places = self.pairs()
+            core_variables.copy(pair for pair, place in zip(pairs, places) if empty[place])
+        return []
+
+    def copy_weights(self, empty: tf.Tensor, condition: tf.Tensor) -> List[tf.Tensor]:
+        """If the condition holds, sets the averages that `empty` (bool vector) selects to the weights."""
+        pairs, places = self.pairs()
+        chosen = tf.cast(for_each_pair(empty, places), tf.float64)
+        works = [fold.nothing, fold.copy_chosen]
+        return self.on_devices(pairs, works, tf.cast(condition, tf.int32), chosen)
+
+    def pairs(self) -> Tuple[List[Pair], List[int]]:
+        """Averages and variables as components, and for each pair the place of its clock."""
+        found = [
+            (pair, place)
+            for place, slots in enumerate(self.averaged())
+            for pair in zip(components(slots.average), components(slots.variable))
+        ]
+        return [pair for pair, _ in found], [place for _, place in found]
+
+    def read(self, variable: tf.Variable) -> tf.Tensor:
+        """The average of `variable`, wherever it is now: in its slot, or while swapped in the model."""
+        if isinstance(variable, core_variables.ShardedVariable):
+            return tf.concat([self.read(shard) for shard in variable.variables], axis=0)
+        slots = self.slots[variable]
+        with core_variables.after(*self.refresh()):
+            if slots.stash is not None:
+                return tf.convert_to_tensor(slots.average)
+            # Both are read: across replicas that may take all of them, which a conditional must not.
+            in_model, in_slot = map(tf.convert_to_tensor, (slots.variable, slots.average))
+            return tf.where(self.is_swapped(), in_model, in_slot)
+
+    def load(self, slots: Slots, average: Any, stash: Optional[Any], clock: Clock) -> None:
+        """Sets the slots of one variable to arrays, and its clock (eager mode)."""
+        slots.average.assign(tf.cast(average, slots.average.dtype))
+        if slots.stash is not None and stash is not None:
+            slots.stash.assign(tf.cast(stash, slots.stash.dtype))
+        self.status.set_clock(slots.variable, clock)
+
+    def set_status(
+        self, updates: int, swapped: bool, first_step: int, like: Optional[tf.Variable] = None
+    ) -> None:
+        """Sets the count, the flag and the first step (eager mode), on all replicas.
+
+        Args:
+          updates: see `Status`, as for those that follow.
+          swapped: bool.
+          first_step: int.
+          like: where the status lives if there is none yet; None leaves it so.
+        """
+        self.begin(first_step)
+        if self.status is not None or like is not None:
+            status = self.create_status(like)
+            core_variables.assign_everywhere(status.count, tf.constant(updates, tf.int64))
+            status.set_swapped_everywhere(swapped)
+
+    # Exchanging.
+
+    def swap(self) -> None:
+        """Exchanges weights and averages. Ctrl-C finds either all variables exchanged or none."""
+        refreshed = self.refresh()
+        if tf.executing_eagerly() and not core_variables.in_replica_context():
+            exchange.finish(self._exchange)
+            return
+        with core_variables.after(*refreshed):
+            self._exchange()
+
+    @contextlib.contextmanager
+    def swapped(self) -> Iterator[None]:
+        """A context in which the model holds the averages; see `swapped_weights`."""
+        if not tf.executing_eagerly():
+            raise RuntimeError(
+                "`swapped_weights` cannot guard what a graph does. Use it around the call of the "
+                "`tf.function`, or call `swap_weights` twice in it."
+            )
+        before = bool(self.is_swapped())
+        try:
+            if not before:
+                self.once(self.swap)
+            yield
+        finally:
+            if bool(self.is_swapped()) != before:
+                self.once(self.swap)
+
+    def _exchange(self) -> None:
+        # Compiled code would copy, and could not change the length of the flag.
+        with _uncompiled():
+            swapped = self.is_swapped()
+            exchange.exchange(
+                pair
+                for slots in self.slots.values()
+                if slots.stash is None
+                for pair in zip(components(slots.variable), components(slots.average))
+            )
+            stashed = [
+                triple
+                for slots in self.slots.values()
+                if slots.stash is not None
+                for triple in zip(*map(components, (slots.variable, slots.average, slots.stash)))
+            ]
+            if stashed:
+                tf.cond(
+                    swapped,
+                    lambda: _done(lambda: exchange.leave_stash(stashed)),
+                    lambda: _done(lambda: exchange.enter_stash(stashed)),
+                )
+            self.status.set_swapped(tf.logical_not(swapped))
+
+    def assign(self, variables: Sequence[tf.Variable]) -> None:
+        """Sets each variable that has an average to it; must not run while swapped."""
+        chosen = [self.slots[variable] for variable in variables if variable in self.slots]
+        if not chosen:
+            raise ValueError(
+                "Expected a list with variables that have averages, such as `model.variables`. Received "
+                f"a list in which none has one: {[variable.name for variable in variables]}"
+            )
+        checked = self.status.check_not_swapped(ASSIGN_WHILE_SWAPPED_ERROR)
+        with core_variables.after(checked), core_variables.after(*self.refresh()):
+            pairs = [
+                pair
+                for slots in chosen
+                for pair in zip(components(slots.variable), components(slots.average))
+            ]
+            self.on_devices(pairs, [fold.copy_all])
+
+    # The start, and starting anew (eager mode).
+
+    def begin(self, step: int) -> None:
+        """Makes `step` the first one that is averaged. This is state: it is saved with the averages."""
+        self._first_step = step
+        if self.status is not None:
+            self.status.begin(step)
+
+    def begins_at(self, default: int) -> Union[int, tf.Tensor]:
+        """The step that `begin` got, here or before a checkpoint was written, else `default`.
+
+        Returns:
+          An int; in graphs that are built after `begin`, a scalar int64 tensor.
+        """
+        step = self._first_step if self.status is None else self.status.begins_at()
+        return default if isinstance(step, int) and step == NOT_SET else step
+
+    def reset(self, variables: Optional[Iterable[tf.Variable]]) -> None:
+        """`start_over`, which must not run while swapped."""
+        if bool(self.is_swapped()):
+            raise RuntimeError(
+                "The averages are in the model (`weights_swapped` is True). Call `swap_weights()` first."
+            )
+        self.start_over(variables)
+
+    def start_over(self, variables: Optional[Iterable[tf.Variable]] = None) -> None:
+        """Sets averages to the current weights, as if nothing had been folded in.
+
+        Args:
+          variables: whose averages; None for all, and everything else with them.
+        """
+        if self.status is None:
+            return
+        chosen = list(self.slots.values()) if variables is None else [self.slots[v] for v in variables]
+        for slots in chosen:
+            for slot in (slots.average, slots.stash):
+                if slot is not None:
+                    parts = map(core_variables.all_components, (slot, slots.variable))
+                    core_variables.copy(zip(*parts))
+            if variables is not None and slots.kind == "average":
+                self.status.set_clock(slots.variable, Clock())
+        if variables is None:
+            self.status.forget_all()
+
+
+def for_each_pair(vector: tf.Tensor, places: List[int]) -> tf.Tensor:
+    """The elements at these places; a variable may have several components."""
+    return vector if places == list(range(len(places))) else tf.gather(vector, places)
+
+
+def _done(work: Callable[[], object]) -> tf.Tensor:
+    work()
+    return tf.constant(True)
+
+
+def _uncompiled():
+    """Keeps TensorFlow, where it compiles parts of graphs by itself, from compiling this one."""
+    if tf.executing_eagerly():
+        return contextlib.nullcontext()
+    return tf.xla.experimental.jit_scope(compile_ops=False)
+
+
+def _checked_average_dtype(value) -> Optional[tf.DType]:
+    if value is None:
+        return None
+    dtype = tf.as_dtype(value)
+    if not dtype.is_floating:
+        raise ValueError(f"Expected `average_dtype` to be a floating-point dtype. Received: {value!r}")
+    return dtype
+
+
+def _checked_jit_compile(value: Union[bool, str]) -> Union[bool, str]:
+    if isinstance(value, (bool, np.bool_)):
+        return bool(value)
+    if value != "auto":
+        raise ValueError(f'Expected `jit_compile` to be a bool or "auto". Received: {value!r}')
+    return value

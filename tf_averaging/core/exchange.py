@@ -1,0 +1,96 @@
+# Copyright 2026 The tf_averaging Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Weights and averages change places, bit for bit."""
+
+from __future__ import annotations
+
+import threading
+from typing import Callable, Iterable, List, Tuple
+
+import tensorflow as tf
+
+from tf_averaging.core.variables import Component
+from tf_averaging.core.variables import after
+from tf_averaging.core.variables import assign
+from tf_averaging.core.variables import read
+
+
+def exchange(pairs: Iterable[Tuple[Component, Component]]) -> None:
+    """Exchanges the two values of each pair, which have one dtype. Buffers change hands, bit for bit."""
+    for first, second in pairs:
+        first_value, second_value = read(first), read(second)
+        with after(first_value, second_value):
+            assign(first, second_value)
+            assign(second, first_value)
+
+
+# Where the average's dtype is not the variable's, neither can pass through the other without losing bits:
+# the weights go to a stash while the model holds the averages.
+
+
+def enter_stash(triples: Iterable[Tuple[Component, Component, Component]]) -> None:
+    """Puts the averages, cast, into the variables, and the weights into the stash."""
+    for variable, average, stash in triples:
+        weights = read(variable)
+        shown = tf.cast(read(average), variable.dtype)
+        with after(weights, shown):
+            assign(variable, shown)
+            assign(stash, weights)
+
+
+def leave_stash(triples: Iterable[Tuple[Component, Component, Component]]) -> None:
+    """Brings the weights back, and into the averages whatever was changed in the variables meanwhile.
+
+    A value that was not touched keeps its average at the average's own precision.
+    """
+    for variable, average, stash in triples:
+        shown, weights, exact = map(read, (variable, stash, average))
+        untouched = tf.equal(_bits(shown), _bits(tf.cast(exact, shown.dtype)))
+        kept = tf.where(untouched, exact, tf.cast(shown, exact.dtype))
+        with after(kept, weights, shown):
+            assign(average, kept)
+            assign(variable, weights)
+            assign(stash, shown)
+
+
+def _bits(value: tf.Tensor) -> tf.Tensor:
+    return tf.bitcast(value, {1: tf.uint8, 2: tf.uint16, 4: tf.uint32, 8: tf.uint64}[value.dtype.size])
+
+
+def finish(work: Callable[[], None]) -> None:
+    """Does work on variables (eager mode) to its end, also if Ctrl-C is pressed meanwhile.
+
+    Python hands Ctrl-C to the main thread alone, so that one waits for another. It is raised afterwards.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        work()
+        return
+    failed: List[BaseException] = []
+
+    def do() -> None:
+        try:
+            work()
+        except BaseException as error:  # Raised below, in the thread of the caller.
+            failed.append(error)
+
+    thread = threading.Thread(target=do)
+    interrupted = None
+    thread.start()
+    while thread.is_alive():
+        try:
+            thread.join()
+        except KeyboardInterrupt as interrupt:
+            interrupted = interrupt
+    for error in failed or ([interrupted] if interrupted else []):
+        raise error

@@ -1,0 +1,401 @@
+# Copyright 2026 The tf_averaging Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The update: all variables of a device are folded into their averages by one call of one function.
+
+The function is traced once. Each variable that it uses is an input, and each input costs about a
+microsecond on every call, in a branch that is not taken too. A thousand variables are a millisecond: as
+much as a third of what it takes to update their averages. So their handles are packed into one tensor.
+
+Two things are lost with the single inputs. TensorFlow keeps what is done with a variable in program order
+by looking at the inputs of operations: here it is told which variables a packed input stands for. And XLA
+compiles no code that gets its variables in this way.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Callable, Dict, Hashable, Iterator, List, Optional, Sequence, Tuple, Union
+
+import tensorflow as tf
+
+# Private names: nothing public tells TensorFlow what an operation touches, or says that a graph is going
+# to be compiled. `tests/private_names_test.py` fails if one of them goes away.
+from tensorflow.python.framework import auto_control_deps
+from tensorflow.python.ops import control_flow_util
+
+from tf_averaging.core.variables import Component
+from tf_averaging.core.variables import add
+from tf_averaging.core.variables import after
+from tf_averaging.core.variables import assign
+from tf_averaging.core.variables import copy
+from tf_averaging.core.variables import is_on_local_cpu
+from tf_averaging.core.variables import is_on_tpu
+from tf_averaging.core.variables import is_remote
+from tf_averaging.core.variables import read
+
+# An average and the variable that it follows, on the same device.
+Pair = Tuple[Component, Component]
+
+# Works on pairs of averages and variables, with one element of a float64 vector for each.
+Work = Callable[[Sequence[Pair], tf.Tensor], object]
+
+_EagerTensor = tf.__internal__.EagerTensor
+
+# The attribute of a packed tensor that keeps the handles in it, so that no others get their ids.
+_HANDLES = "_tf_averaging_handles"
+
+# The attribute of a graph that says what stands for the handles in each tensor that was packed there.
+_STAND_INS = "_tf_averaging_stand_ins"
+
+# Smaller variables are folded by plain operations even where XLA is available. To compile one more
+# variable costs about 10 ms once, and a small fold is over before the difference shows.
+MIN_BYTES_TO_COMPILE = 1 << 16
+
+
+# What is done with the pairs of one device.
+
+
+def nothing(pairs: Sequence[Pair], weights: tf.Tensor) -> None:
+    """The work of a step on which no update is due."""
+    del pairs, weights
+
+
+def copy_all(pairs: Sequence[Pair], weights: tf.Tensor) -> None:
+    """Sets the first of each pair to the second one's value."""
+    del weights
+    copy(pairs)
+
+
+def copy_chosen(pairs: Sequence[Pair], weights: tf.Tensor) -> list:
+    """`copy_all`, for the pairs whose element of the vector is 1."""
+    chosen = tf.unstack(tf.equal(weights, 1.0), num=len(pairs))
+    return [
+        assign(target, tf.where(is_chosen, tf.cast(read(source), target.dtype), read(target)))
+        for (target, source), is_chosen in zip(pairs, chosen)
+    ]
+
+
+@functools.cache
+def fold_work(jit_compile: Union[bool, str], any_is_one: bool) -> Work:
+    """The work of folding: see `fold`."""
+    return functools.partial(fold, jit_compile=jit_compile, any_is_one=any_is_one)
+
+
+def fold(
+    pairs: Sequence[Pair], weights: tf.Tensor, jit_compile: Union[bool, str], any_is_one: bool = True
+) -> List[Union[None, tf.Operation, tf.Tensor]]:
+    """Folds the variables into the averages, in one pass over the memory.
+
+    Large variables go through one function that XLA compiles. It reads and writes every value once and
+    needs no memory beside the averages. Small variables, remote ones, and all of them where there is no
+    XLA go through plain operations. Both give the same numbers up to rounding.
+
+    Args:
+      pairs: averages and variables, on one device.
+      weights: float64 vector, one element for each pair. It is cast once to the averages' dtypes. Where
+        it is 1 the average becomes the variable exactly, whatever it was.
+      jit_compile: `"auto"`, or a bool that forces one way or the other. Remote variables are never
+        compiled: their values would move to this machine.
+      any_is_one: False if none of the weights is 1. Plain operations then need fewer passes.
+
+    Returns:
+      The operations and tensors that are ready when it is done.
+    """
+    compiled = [place for place, pair in enumerate(pairs) if pays_to_compile(pair[0], jit_compile)]
+    plain = sorted(set(range(len(pairs))) - set(compiled))
+    done = []
+    if compiled:
+        chosen = [pairs[place] for place in compiled]
+
+        def fold_compiled(weights, *handles):
+            interpolate(with_handles(chosen, handles), weights)
+            return tf.constant(True)
+
+        function = tf.function(fold_compiled, jit_compile=True, autograph=False)
+        with tf.device(chosen[0][0].device):
+            done.append(function(_elements(weights, compiled, len(pairs)), *handles_of(chosen)))
+    if plain:
+        chosen = [pairs[place] for place in plain]
+        done += interpolate_in_turn(chosen, _elements(weights, plain, len(pairs)), any_is_one)
+    return done
+
+
+def interpolate(pairs: Sequence[Pair], weights: tf.Tensor) -> None:
+    """What XLA compiles: it sees all of it and makes one pass of it."""
+    for (average, variable), weight, is_one in zip(pairs, *_for_each(pairs, weights)):
+        old, value = read(average), tf.cast(read(variable), average.dtype)
+        assign(average, _interpolated(value, old, weight, is_one))
+
+
+def _for_each(pairs: Sequence[Pair], weights: tf.Tensor) -> Tuple[List[tf.Tensor], List[tf.Tensor]]:
+    """For each pair its weight in the average's dtype, and whether it is 1."""
+    dtypes = {average.dtype for average, _ in pairs}
+    cast = {dtype: tf.unstack(tf.cast(weights, dtype), num=len(pairs)) for dtype in dtypes}
+    is_one = tf.unstack(tf.equal(weights, 1.0), num=len(pairs))
+    return [cast[average.dtype][place] for place, (average, _) in enumerate(pairs)], is_one
+
+
+def _interpolated(value: tf.Tensor, average: tf.Tensor, weight: tf.Tensor, is_one) -> tf.Tensor:
+    # The average may hold NaN or infinities, which a weight of 1 must forget.
+    return tf.where(is_one, value, average + weight * (value - average))
+
+
+def interpolate_in_turn(pairs: Sequence[Pair], weights: tf.Tensor, any_is_one: bool) -> list:
+    """`interpolate` by plain operations. Where no weight is 1, adding to the average saves a pass."""
+
+    def write(pair_and_weight, value, old):
+        average, weight, is_one = pair_and_weight
+        if any_is_one:
+            return assign(average, _interpolated(value, old, weight, is_one))
+        return add(average, weight * (value - old))
+
+    averages = [average for average, _ in pairs]
+    return _in_turn(pairs, list(zip(averages, *_for_each(pairs, weights))), write)
+
+
+def update(pairs: Sequence[Pair], new_value: Callable[[int, tf.Tensor, tf.Tensor], tf.Tensor]) -> list:
+    """Sets each average to `new_value(its place, variable, average)`, values in the average's dtype."""
+
+    def write(place, value, old):
+        new = tf.convert_to_tensor(new_value(place, value, old))
+        if new.dtype != old.dtype or not new.shape.is_compatible_with(old.shape):
+            raise ValueError(
+                f"Expected `average_op` to return an average of shape {old.shape} and dtype "
+                f"{old.dtype.name}. Received one of shape {new.shape} and dtype {new.dtype.name}"
+            )
+        return assign(pairs[place][0], new)
+
+    return _in_turn(pairs, range(len(pairs)), write)
+
+
+def _in_turn(pairs: Sequence[Pair], arguments: Sequence, write: Callable) -> list:
+    """Calls `write(argument, variable's value, average's value)` for each pair, on its device."""
+    operations: List[Optional[tf.Operation]] = []
+    for (average, variable), argument, earlier in zip(pairs, arguments, _waits_for(pairs)):
+        ready = [] if earlier is None else [operations[earlier]]
+        with after(*ready), tf.device(average.device):
+            value = tf.cast(read(variable), average.dtype)
+            operations.append(write(argument, value, read(average)))
+    return operations
+
+
+def _waits_for(pairs: Sequence[Pair]) -> Iterator[Optional[int]]:
+    """For each pair the index of the one that must be done before it, None for those that come first.
+
+    What is under way needs memory for its arithmetic. This keeps it to 1/64 of the averages, or to one
+    variable, where that is larger.
+    """
+    sizes = [(average.shape.num_elements() or 0) * average.dtype.size for average, _ in pairs]
+    room = sum(sizes) / 64
+    under_way, first = 0, 0
+    for index, size in enumerate(sizes):
+        under_way += size
+        while first < index and under_way > room:
+            under_way -= sizes[first]
+            first += 1
+        yield first - 1 if first else None
+
+
+def pays_to_compile(average: Component, jit_compile: Union[bool, str]) -> bool:
+    """Whether this average is folded by code that XLA compiles."""
+    if not tf.test.is_built_with_xla() or is_remote(average) or is_on_tpu(average):
+        return False
+    if jit_compile == "auto":
+        elements = average.shape.num_elements()
+        return elements is not None and elements * average.dtype.size >= MIN_BYTES_TO_COMPILE
+    return bool(jit_compile)
+
+
+def handles_of(pairs: Sequence[Pair]) -> List[tf.Tensor]:
+    """All resource handles, pair by pair."""
+    return [component.handle for pair in pairs for component in pair]
+
+
+def with_handles(pairs: Sequence[Pair], handles: Sequence[tf.Tensor]) -> List[Pair]:
+    """The same pairs with other handles, as a function sees them that gets the handles as arguments."""
+    return [
+        (average._replace(handle=first), variable._replace(handle=second))
+        for (average, variable), first, second in zip(pairs, handles[::2], handles[1::2])
+    ]
+
+
+# One call for each device.
+
+
+@dataclasses.dataclass(eq=False)
+class DeviceFunctions:
+    """Does work with pairs of averages and variables, on the device of each.
+
+    What is done on a condition is one operation. The usual conditional is dissolved into the graph around
+    it and costs a switch for each variable on every step, taken or not: the larger part of what averaging
+    would cost on a step that averages nothing.
+    """
+
+    _functions: Dict[Hashable, Callable] = dataclasses.field(default_factory=dict)
+
+    def __call__(
+        self,
+        pairs: Sequence[Pair],
+        works: Sequence[Work],
+        choice: Optional[tf.Tensor] = None,
+        weights: Optional[tf.Tensor] = None,
+    ) -> List[tf.Tensor]:
+        """Does one of `works` with the pairs of each device.
+
+        Args:
+          pairs: averages and variables.
+          works: what may be done. Compared by identity, so the same objects must come on every call.
+          choice: scalar int32 tensor, which of them; None for the first.
+          weights: float64 vector, one element for each pair; None for zeros.
+
+        Returns:
+          What must run before anything that follows.
+        """
+        done = []
+        for device, places in _by_device(pairs).items():
+            group = [pairs[place] for place in places]
+            is_here = is_on_local_cpu(group[0][0])
+            with tf.device(device):
+                inputs = [_elements(weights, places, len(pairs)), *_inputs(group, is_here)]
+                functions = [self._function(work, group, inputs) for work in works]
+                done.append(_call_one(functions, choice, inputs, is_here))
+        return done
+
+    def _function(self, work: Work, pairs: Sequence[Pair], inputs: Sequence[tf.Tensor]) -> Callable:
+        """The work as a function of such inputs, for all pairs of these dtypes, shapes and device."""
+        layout = tuple(component[1:] for pair in pairs for component in pair)
+        key = (work, layout, len(inputs))
+        if key not in self._functions:
+
+            def on_handles(weights, *packed):
+                work(with_handles(pairs, _unpack(packed)), weights)
+                return tf.constant(True)
+
+            signature = [tf.TensorSpec(value.shape, value.dtype) for value in inputs]
+            with tf.init_scope():
+                function = tf.function(on_handles, autograph=False)
+                self._functions[key] = function.get_concrete_function(*signature)
+        return self._functions[key]
+
+
+def _by_device(pairs: Sequence[Pair]) -> Dict[str, List[int]]:
+    """The places of the pairs, by the device of the average."""
+    places: Dict[str, List[int]] = {}
+    for place, (average, _) in enumerate(pairs):
+        places.setdefault(average.device, []).append(place)
+    return places
+
+
+def _elements(weights: Optional[tf.Tensor], places: Sequence[int], length: int) -> tf.Tensor:
+    if weights is None:
+        return tf.zeros([len(places)], tf.float64)
+    return weights if len(places) == length else tf.gather(weights, places)
+
+
+def _call_one(functions, choice, inputs, is_here: bool) -> tf.Tensor:
+    if choice is None:
+        return functions[0](*inputs)
+    if tf.executing_eagerly():
+        return functions[int(choice)](*inputs)
+    if not is_here:
+        # The operation below runs all of its work on the device it is on, and not every operation has a
+        # kernel for every kind of device.
+        return tf.switch_case(choice, [functools.partial(function, *inputs) for function in functions])
+    (done,) = tf.raw_ops.Case(
+        branch_index=choice, input=inputs, Tout=[tf.bool], branches=functions, output_shapes=[[]]
+    )
+    return done
+
+
+def is_compiled_whole() -> bool:
+    """Whether XLA compiles the graph that is being built."""
+    graph = tf.compat.v1.get_default_graph()
+    return not tf.executing_eagerly() and control_flow_util.GraphOrParentsInXlaContext(graph)
+
+
+# Packed handles.
+
+
+def _inputs(pairs: Sequence[Pair], is_here: bool) -> List[tf.Tensor]:
+    """The handles of the pairs: one `tf.resource` vector where they can be packed, else all of them."""
+    handles = handles_of(pairs)
+    eager = all(isinstance(handle, _EagerTensor) for handle in handles)
+    if not is_here or not eager or is_compiled_whole():
+        return handles
+    with tf.init_scope():
+        packed = tf.stack(handles)
+    setattr(packed, _HANDLES, tuple(handles))
+    _note_stand_ins(packed, tf.compat.v1.get_default_graph())
+    return [packed]
+
+
+def _unpack(inputs: Sequence[tf.Tensor]) -> List[tf.Tensor]:
+    """The handles, in the function that gets what `_inputs` returned."""
+    return [handle for value in inputs for handle in (tf.unstack(value) if value.shape.rank else [value])]
+
+
+@auto_control_deps.register_acd_resource_resolver
+def _add_packed_variables(op: tf.Operation, reads: set, writes: set) -> bool:
+    """Adds what stands for the variables that an operation gets packed to what it is known to write.
+
+    Args:
+      op: an operation of a function's graph.
+      reads: `tf.resource` tensors of the graph that the operation reads from.
+      writes: those that it may write to; changed in place.
+
+    Returns:
+      Whether there were any to add.
+    """
+    del reads
+    if not any(tensor.shape.rank == 1 for tensor in writes):
+        return False
+    # Also asked about graphs that are no functions, where somebody else orders operations in this way.
+    captures = getattr(op.graph, "captures", ())
+    captured = {id(internal): external for external, internal in captures}
+    origins = [captured.get(id(tensor)) for tensor in writes]
+    before = len(writes)
+    for packed in origins:
+        if hasattr(packed, _HANDLES):
+            writes.update(_stand_ins(packed, op.graph))
+    return len(writes) > before
+
+
+def _note_stand_ins(packed: tf.Tensor, graph: tf.Graph) -> None:
+    """Notes what stands for the handles in a graph and those around it.
+
+    TensorFlow forgets which variable an argument of a function was before it asks what operations touch.
+    """
+    ids = set(map(id, getattr(packed, _HANDLES)))
+    while hasattr(graph, "captures"):
+        noted = [internal for external, internal in graph.captures if id(external) in ids]
+        setattr(graph, _STAND_INS, {**getattr(graph, _STAND_INS, {}), id(packed): noted})
+        graph = graph.outer_graph
+
+
+def _stand_ins(packed: tf.Tensor, graph: tf.Graph) -> List[tf.Tensor]:
+    """What stands, or may stand, for the handles in a packed tensor that a graph has captured."""
+    ids = set(map(id, getattr(packed, _HANDLES)))
+    captured = [(origin, tensor) for origin, tensor in graph.captures if isinstance(origin, _EagerTensor)]
+    same = [
+        tensor
+        for origin, tensor in captured
+        if not ids.isdisjoint(map(id, getattr(origin, _HANDLES, (origin,))))
+    ]
+    noted = getattr(graph, _STAND_INS, {}).get(id(packed))
+    if noted is not None:
+        return same + noted
+    # It was packed in a function that this one calls: each argument may be one of its variables.
+    known = {id(tensor) for _, tensor in captured}
+    return same + [t for t in graph.inputs if t.dtype == tf.resource and id(t) not in known]

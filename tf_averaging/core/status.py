@@ -1,0 +1,322 @@
+# Copyright 2026 The tf_averaging Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What is known of the averages: since when each runs, how many updates it holds, and where it is now.
+
+All of it is kept in small variables that live where the averages do, one component for each replica, so
+that every replica counts for itself and nothing is communicated.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Iterable, List, NamedTuple, Optional, Tuple, Union
+
+import numpy as np
+import tensorflow as tf
+
+from tf_averaging.core import variables as core_variables
+from tf_averaging.core.variables import VariableMap
+
+# A step or a count that is not known yet.
+NOT_SET = -1
+
+SWAPPED_ERROR = (
+    "The averages are in the model and the weights in the slots (`weights_swapped` is True), so a step "
+    "now would train the averages. Call `swap_weights()` first, or evaluate inside "
+    "`with optimizer.swapped_weights():`."
+)
+
+
+def checked_count(name: str, value: int, minimum: int) -> int:
+    """Returns `value` as an int, which must be at least `minimum` and fit into 64 bits."""
+    try:
+        if isinstance(value, (bool, np.bool_)):
+            raise TypeError
+        count = operator.index(value)
+    except TypeError:
+        raise TypeError(
+            f"Expected `{name}` to be an int. Received: {name}={value!r} of type {type(value)}"
+        ) from None
+    if count < minimum:
+        raise ValueError(f"Expected `{name}` >= {minimum}. Received: {name}={count}")
+    if count > tf.int64.max:
+        raise ValueError(f"Expected `{name}` <= {tf.int64.max}, an int64. Received: {name}={count}")
+    return count
+
+
+def check_program_order() -> None:
+    """Refuses graphs in which operations on variables do not run in the order of the program.
+
+    Raises:
+      RuntimeError: in a graph of TF 1 and in `tf.compat.v1.wrap_function`.
+    """
+    graph = around = None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
+    while around is not None:  # AutoGraph tries loops out in a graph of its own, which never runs.
+        # A private name: nothing public says it. `tests/private_names_test.py` fails if it goes away.
+        if around._add_control_dependencies:
+            return
+        around = getattr(around, "outer_graph", None)
+    if graph is not None:
+        raise RuntimeError(
+            "In graphs of TF 1 (`tf.compat.v1.Session`, `tf.compat.v1.wrap_function`) the order of "
+            "weights and averages cannot be kept. Expected eager mode, or the call in a `tf.function`. "
+            f"Received: {graph}"
+        )
+
+
+class Clock(NamedTuple):
+    """The clock of one average.
+
+    Attributes:
+      began: the step of its first update, counted from 0; `NOT_SET` if it holds none.
+      joined: how many updates had been made in all before its first one.
+    """
+
+    began: int = NOT_SET
+    joined: int = NOT_SET
+
+
+class _Batch(NamedTuple):
+    """Variables that came together. `clocks` has shape [2, variables]: `began` above `joined`."""
+
+    variables: List[tf.Variable]
+    clocks: tf.Variable
+
+
+class Status:
+    """The clocks of the averages, the count of updates, and the flag that says whether they are swapped.
+
+    A step knows which variables it averages when it is traced, but not their clocks, which a restore may
+    change. Therefore clocks are values of variables: one vector for all variables that came before a step
+    needed them, another for those that came later.
+
+    Attributes:
+      count: how many updates were made in all: int64 scalar. It is not what one average holds, which may
+        have joined later.
+      first_step: a start that was set by `begin`, or `NOT_SET`: int64 scalar.
+      swapped: whether averages and weights are exchanged: bool scalar.
+      guard: bool vector, of length 1 while they are and 0 otherwise. XLA drops assertions, but checks
+        lengths. None on parameter servers, which cannot store a value of varying length, and where XLA
+        does not run.
+    """
+
+    def __init__(self, like: tf.Variable, first_step: int = NOT_SET):
+        """Creates the variables where `like` lives."""
+        self.count = core_variables.create_like(like, lambda: tf.zeros([], tf.int64), "num_averaged")
+        self.first_step = core_variables.create_like(
+            like, lambda: tf.constant(first_step, tf.int64), "first_step"
+        )
+        self.swapped = core_variables.create_like(like, lambda: tf.zeros([], tf.bool), "swapped")
+        self.guard: Optional[tf.Variable] = None
+        self.section: Optional[tf.CriticalSection] = None
+        if core_variables.is_on_parameter_server(core_variables.components(like)[0]):
+            self.section = core_variables.create_section(self.count)
+        else:
+            self.guard = core_variables.create_like(
+                like, lambda: tf.zeros([0], tf.bool), "guard", shape=tf.TensorShape([None])
+            )
+        self._batches: List[_Batch] = []
+        self._unplaced: VariableMap[Clock] = VariableMap()
+        self._is_traced = False
+
+    # Clocks.
+
+    def add(self, variable: tf.Variable) -> None:
+        """Adds a variable whose average holds no updates."""
+        self._unplaced[variable] = Clock()
+
+    def order(self, variables: Iterable[tf.Variable]) -> None:
+        """Puts these variables first, in this order, unless a traced step knows the order already."""
+        known = VariableMap(
+            (v, None) for v in [*([] if self._is_traced else self._placed()), *self._unplaced]
+        )
+        wanted = VariableMap((v, None) for v in [*(v for v in variables if v in known), *known])
+        if list(map(id, wanted)) != list(map(id, known)):
+            clocks = [(variable, self.clock(variable)) for variable in wanted]
+            self._batches = self._batches if self._is_traced else []
+            self._unplaced = VariableMap(clocks)
+
+    def keep_only(self, variables: VariableMap) -> None:
+        """Forgets the clocks of all others."""
+        kept = [(v, self.clock(v)) for v in [*self._placed(), *self._unplaced] if v in variables]
+        self._batches, self._unplaced = [], VariableMap(kept)
+
+    def variables(self) -> List[tf.Variable]:
+        """The variables that have clocks, in the order of the vectors below."""
+        self._place()
+        return self._placed()
+
+    def clock_variables(self) -> List[tf.Variable]:
+        """The variables in which the clocks are kept, int64, of shape [2, variables]."""
+        self._place()
+        return [batch.clocks for batch in self._batches]
+
+    def _placed(self) -> List[tf.Variable]:
+        return [variable for batch in self._batches for variable in batch.variables]
+
+    def _place(self) -> None:
+        """Gives the variables that are new since the last call a place in a vector."""
+        self._is_traced = self._is_traced or not tf.executing_eagerly()
+        if not self._unplaced:
+            return
+        values = np.array(list(self._unplaced.values()), np.int64).T
+        clocks = core_variables.create_like(self.count, lambda: tf.constant(values), "clocks")
+        self._batches.append(_Batch(list(self._unplaced), clocks))
+        self._unplaced = VariableMap()
+
+    def clock(self, variable: tf.Variable) -> Clock:
+        """The clock of one variable (eager mode)."""
+        if variable in self._unplaced:
+            return self._unplaced[variable]
+        clocks, place = self._place_of(variable)
+        value = core_variables.read(core_variables.all_components(clocks)[0]).numpy()
+        return Clock(*map(int, value[:, place]))
+
+    def set_clock(self, variable: tf.Variable, clock: Clock) -> None:
+        """Sets the clock of one variable, on all replicas (eager mode)."""
+        if variable in self._unplaced:
+            self._unplaced[variable] = clock
+            return
+        clocks, place = self._place_of(variable)
+        value = core_variables.read(core_variables.all_components(clocks)[0]).numpy().copy()
+        value[:, place] = clock
+        core_variables.assign_everywhere(clocks, value)
+
+    def _place_of(self, variable: tf.Variable) -> Tuple[tf.Variable, int]:
+        for batch in self._batches:
+            places = VariableMap((v, place) for place, v in enumerate(batch.variables))
+            if variable in places:
+                return batch.clocks, places[variable]
+        raise KeyError(f"Variable {variable.name!r} has no average.")
+
+    def updates(self) -> tf.Tensor:
+        """How many updates each average holds: int64 vector."""
+        with self._device():
+            began, joined = self._clocks()
+            count = core_variables.read_here(self.count)
+            return tf.where(began < 0, tf.zeros([], tf.int64), tf.maximum(count - joined, 0))
+
+    def steps(self, step: tf.Tensor) -> tf.Tensor:
+        """For each average how many steps before `step` (scalar int64 tensor) it began: int64 vector."""
+        with self._device():
+            began, _ = self._clocks()
+            return tf.where(began < 0, tf.zeros([], tf.int64), tf.maximum(step - began, 0))
+
+    def _clocks(self) -> Tuple[tf.Tensor, tf.Tensor]:
+        vectors = [core_variables.read_here(clocks) for clocks in self.clock_variables()]
+        began, joined = tf.unstack(vectors[0] if len(vectors) == 1 else tf.concat(vectors, axis=1))
+        return began, joined
+
+    def _device(self):
+        """Where the clocks are: on a parameter server nothing is sent to the worker."""
+        return tf.device(core_variables.components(self.count)[0].device)
+
+    def start_empty(self, step: tf.Tensor) -> list:
+        """Starts the clocks of the averages that hold nothing yet at `step` (scalar int64 tensor)."""
+        operations = []
+        with self._device():
+            count = core_variables.read_here(self.count)
+            for clocks in self.clock_variables():
+                began, joined = tf.unstack(core_variables.read_here(clocks))
+                empty = tf.logical_or(began < 0, tf.equal(joined, count))
+                started = tf.stack([tf.where(empty, step, began), tf.where(empty, count, joined)])
+                operations += core_variables.assign_here(clocks, started)
+        return operations
+
+    def is_counting(self) -> tf.Tensor:
+        """Whether the count is 0 or more, as it always is: scalar bool tensor."""
+        return core_variables.read_here(self.count) >= 0
+
+    def add_updates(self, number: tf.Tensor) -> list:
+        """Adds to the count (scalar int64 tensor); returns the operations."""
+        return [core_variables.add(c, number) for c in core_variables.components(self.count)]
+
+    def forget_all(self) -> None:
+        """Sets everything to what it is before the first update (eager mode)."""
+        core_variables.assign_everywhere(self.count, tf.zeros([], tf.int64))
+        self.set_swapped_everywhere(False)
+        for variable in self._unplaced:
+            self._unplaced[variable] = Clock()
+        for batch in self._batches:
+            core_variables.assign_everywhere(batch.clocks, tf.fill(batch.clocks.shape, NOT_SET))
+
+    # The start.
+
+    def begin(self, step: int) -> None:
+        """Makes `step` the first one that is averaged. This is state, saved with the averages."""
+        core_variables.assign_everywhere(self.first_step, tf.constant(step, tf.int64))
+
+    def begins_at(self) -> Union[int, tf.Tensor]:
+        """The step that `begin` got, here or before a checkpoint was written.
+
+        Returns:
+          `NOT_SET`, or an int; in graphs a scalar int64 tensor.
+        """
+        with tf.init_scope():
+            step = int(core_variables.read(core_variables.all_components(self.first_step)[0]))
+        if step == NOT_SET or tf.executing_eagerly():
+            return step
+        return core_variables.read_here(self.first_step)
+
+    # The swapped flag.
+
+    def is_swapped(self) -> tf.Tensor:
+        """Whether averages and weights are exchanged now: scalar bool tensor."""
+        return core_variables.read_here(self.swapped)
+
+    def set_swapped(self, value: tf.Tensor) -> None:
+        """Sets the flag to a scalar bool tensor, on the components that this context may touch."""
+        core_variables.assign_here(self.swapped, value)
+        if self.guard is not None:
+            core_variables.assign_here(self.guard, _guard_value(value))
+
+    def set_swapped_everywhere(self, value: bool) -> None:
+        """Sets the flag on all replicas (eager mode)."""
+        core_variables.assign_everywhere(self.swapped, tf.constant(value))
+        if self.guard is not None:
+            core_variables.assign_everywhere(self.guard, _guard_value(tf.constant(value)))
+
+    def check_not_swapped(self, message: str = SWAPPED_ERROR) -> Optional[tf.Operation]:
+        """Fails when it runs while averages and weights are exchanged.
+
+        Args:
+          message: what the error says.
+
+        Returns:
+          None, or in graphs the operation that a step must depend on.
+
+        Raises:
+          tf.errors.InvalidArgumentError: in eager mode, at once.
+        """
+        if tf.executing_eagerly():
+            if self.is_swapped():
+                raise tf.errors.InvalidArgumentError(None, None, message)
+            return None
+        if self.guard is None:
+            return tf.debugging.Assert(tf.logical_not(self.is_swapped()), [message])
+        component = core_variables.components(self.guard)[0]
+        with tf.device(component.device):
+            length = tf.raw_ops.VariableShape(input=component.handle)
+        asserted = tf.raw_ops.Assert(condition=tf.reduce_all(tf.equal(length, 0)), data=[message])
+        # XLA drops the assertion. There is no vector of length -1, though, and the name of the operation
+        # is in XLA's message. The value is assigned back so that the check is not pruned. What states the
+        # length outright (`tf.ensure_shape`, the assignment of a constant) would tell TensorFlow that the
+        # flag is never set in this graph: it would leave out later checks and swaps.
+        with tf.control_dependencies([asserted]), tf.device(component.device):
+            empty = tf.fill(-length, True, name="training_step_while_swapped__call_swap_weights_first")
+        return core_variables.assign(component, empty)
+
+
+def _guard_value(swapped: tf.Tensor) -> tf.Tensor:
+    return tf.fill([tf.cast(swapped, tf.int32)], True)

@@ -1,0 +1,313 @@
+# Copyright 2026 The tf_averaging Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Updates of averages around the steps of another optimizer: which are due, and what is done then."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any, Callable, List, Optional, Sequence, Union
+
+import tensorflow as tf
+
+from tf_averaging.core import fold
+from tf_averaging.core.averages import Averages
+from tf_averaging.core.averages import for_each_pair
+from tf_averaging.core.status import NOT_SET
+from tf_averaging.core.status import check_program_order
+from tf_averaging.core.variables import VariableSelection
+from tf_averaging.core.variables import after
+
+
+@dataclasses.dataclass(eq=False)
+class Updates:
+    """The updates of an optimizer's averages.
+
+    Attributes:
+      averages: what is updated.
+      selection: which variables have averages.
+      start: the first step on which an update is due, unless the averages know another one.
+      period: the number of steps from one update to the next.
+      averaging_weight: gets for each average how many steps ago it began and how many updates it holds
+        (int64 vectors), and returns how much the weights count, in any shape and float dtype that
+        broadcasts to that.
+      average_op: if given, returns an average's new value from the variable's and the average's.
+      weight: while `average_op` is called, returns the weight of the variables in this average: float64.
+    """
+
+    averages: Averages
+    selection: VariableSelection
+    start: int
+    period: int
+    averaging_weight: Callable[[tf.Tensor, tf.Tensor], tf.Tensor]
+    average_op: Optional[Callable[[tf.Tensor, tf.Tensor], tf.Tensor]] = None
+    weight: Optional[Callable[[], tf.Tensor]] = None
+
+    def around(
+        self,
+        variables: Sequence[tf.Variable],
+        gradients: List[Optional[tf.Tensor]],
+        steps_taken: Callable[[], tf.Tensor],
+        take_step: Callable[[list], object],
+        moves_weights: Union[bool, tf.Tensor] = True,
+    ):
+        """Takes the inner optimizer's step, then updates the averages if that is due.
+
+        Args:
+          variables: TensorFlow's, which the step trains.
+          gradients: of these variables; None where there is none.
+          steps_taken: returns the number of steps taken, scalar int64 tensor.
+          take_step: takes the step, given the gradients that wait for what must come before.
+          moves_weights: whether the step moves weights. One that accumulates gradients does not.
+
+        Returns:
+          What `take_step` returns.
+        """
+        check_program_order()
+        with tf.init_scope():
+            self.selection.train(variables)
+            self.averages.create(self.selection)
+        if not self.averages:
+            return take_step(gradients)
+        step = steps_taken()
+        due = self.is_due(step, moves_weights)
+        assert self.averages.status is not None
+        with after(self.averages.status.check_not_swapped()):
+            begun = self.averages.once(lambda: self._begin(due, step, self._first_update_forgets))
+            with after(*begun):
+                # Each gradient waits by itself. Keras's sum over replicas, an operation of all gradients,
+                # would wait otherwise, and with it all updates for the last gradient.
+                result = take_step([_waiting(gradient) for gradient in gradients])
+        with after(result):
+            self.averages.once(lambda: self._fold(due, step, self.averaging_weight, self.average_op))
+        return result
+
+    def by_hand(self, weight: Any, step: tf.Tensor) -> None:
+        """Updates the averages now, as for the step after `step` others, or with a weight (number)."""
+        if weight is not None and not tf.is_tensor(weight) and not 0 <= weight <= 1:
+            raise ValueError(f"Expected `weight` from 0 to 1. Received: {weight}")
+        averaging_weight = (
+            self.averaging_weight
+            if weight is None
+            else lambda steps, updates: tf.cast(weight, tf.float64)
+        )
+        average_op = self.average_op if weight is None else None
+        forgets = self._first_update_forgets if weight is None else lambda: False
+
+        def update() -> None:
+            with (
+                after(self.averages.status.check_not_swapped()),
+                after(*self._begin(True, step, forgets)),
+            ):
+                self._fold(True, step, averaging_weight, average_op)
+
+        self.averages.once(update)
+
+    def interpolate(self, variable: tf.Tensor, average: tf.Tensor) -> tf.Tensor:
+        """What an `average_op` may use: the interpolation with `averaging_weight`."""
+        assert self.weight is not None
+        weight = self.weight()
+        new = average + tf.cast(weight, average.dtype) * (variable - average)
+        return tf.where(tf.equal(weight, 1.0), variable, new)
+
+    def begin(self, step: int) -> None:
+        """Makes `step` the first one that is averaged, unless one was set before.
+
+        Raises:
+          ValueError: if there is a start already, or averaging has begun.
+        """
+        if self.start:
+            raise ValueError(
+                f"The optimizer was given a start in steps already, {self.start}. Expected that or a "
+                f"start by epoch, not both. Received: step={step}"
+            )
+        if self.averages.begins_at(NOT_SET) != NOT_SET:
+            return
+        updates = int(self.averages.num_averaged())
+        if updates > 0:
+            raise ValueError(
+                "Averaging has begun already, so its start cannot be moved. Expected an optimizer that "
+                f"has averaged nothing yet. Received: one with num_averaged={updates}"
+            )
+        self.averages.begin(step)
+
+    def due_in(self, steps: int) -> int:
+        """How many updates are due in the first `steps` steps."""
+        return max((steps - 1 - int(self.averages.begins_at(self.start))) // self.period + 1, 0)
+
+    def is_due(self, step: tf.Tensor, moves_weights: Union[bool, tf.Tensor]) -> Union[bool, tf.Tensor]:
+        """Whether an update is due after `step` others: a bool where that is known while tracing."""
+        start = self.averages.begins_at(self.start)
+        conditions = [] if moves_weights is True else [moves_weights]
+        if isinstance(start, tf.Tensor) or start > 0:
+            conditions.append(step >= start)
+        if self.period > 1:
+            conditions.append(tf.equal((step - start) % self.period, 0))
+        return functools.reduce(tf.logical_and, conditions) if conditions else True
+
+    # Before a step.
+
+    def _begin(
+        self, due: Union[bool, tf.Tensor], step: tf.Tensor, forgets: Callable[[], bool]
+    ) -> List[tf.Tensor]:
+        """An average whose first update is due begins from the weights as they are now.
+
+        If that update forgets what the average was, it need not be brought up to date.
+
+        Returns:
+          What the step must wait for.
+        """
+        status = self.averages.status
+        empty = tf.equal(status.updates(), 0)
+        begins = tf.logical_and(due, tf.reduce_any(empty))
+        if tf.executing_eagerly() and not begins:
+            return []
+        copies = not forgets()
+        if status.section is not None:
+            return [self._alone(begins, lambda: self._begin_alone(step, copies))]
+        copied = self.averages.copy_weights(empty, begins) if copies else []
+        with after(*copied):
+            return [_when(begins, lambda: status.start_empty(step))]
+
+    def _begin_alone(self, step: tf.Tensor, copies: bool) -> list:
+        # Looked at once more: another worker may have been faster.
+        pairs, places = self.averages.pairs()
+        copied = []
+        if copies:
+            empty = for_each_pair(tf.equal(self.averages.status.updates(), 0), places)
+            copied = fold.copy_chosen(pairs, tf.cast(empty, tf.float64))
+        with after(*copied):
+            return self.averages.status.start_empty(step)
+
+    def _first_update_forgets(self) -> bool:
+        """Whether the first update sets an average to the weights, as a plain mean does."""
+        if self.average_op is not None:
+            return False
+        with tf.init_scope():
+            first = tf.zeros([1], tf.int64)
+            weight = _checked_weight(self.averaging_weight(first, first), first.shape)
+            return bool(tf.reduce_all(tf.equal(weight, 1.0)))
+
+    # After a step.
+
+    def _fold(self, due, step: tf.Tensor, averaging_weight, average_op) -> None:
+        """Folds the current weights into the averages, if an update is due, and counts it."""
+        averages, status = self.averages, self.averages.status
+        pairs, places = averages.pairs()
+
+        def weights() -> tf.Tensor:
+            updates = status.updates()
+            weight = _checked_weight(averaging_weight(status.steps(step), updates), updates.shape)
+            return for_each_pair(tf.broadcast_to(weight, tf.shape(updates)), places)
+
+        def new_value(place, value, average) -> tf.Tensor:
+            self.weight = lambda: weights()[place]
+            return average_op(value, average)
+
+        def fold_and_count(due) -> list:
+            if average_op is not None:
+                done = [_when(due, lambda: fold.update(pairs, new_value))]
+            elif status.section is not None:
+                # No function is called here: a critical section does not keep apart what runs inside one.
+                done = fold.interpolate_in_turn(pairs, weights(), any_is_one=True)
+            else:
+                done = self._interpolate(due, pairs, weights)
+            with after(*done):
+                return status.add_updates(tf.cast(due, tf.int64))
+
+        if status.section is None:
+            fold_and_count(due)
+        else:
+            self._alone(due, lambda: fold_and_count(True))
+
+    def _interpolate(
+        self, due, pairs: Sequence[fold.Pair], weights: Callable[[], tf.Tensor]
+    ) -> List[tf.Tensor]:
+        on_devices, jit_compile = self.averages.on_devices, self.averages.jit_compile
+        exactly = fold.fold_work(jit_compile, any_is_one=True)
+        # What all devices need is computed here: the work on one device has no access to others.
+        if fold.is_compiled_whole() or all(fold.pays_to_compile(a, jit_compile) for a, _ in pairs):
+            # XLA makes one pass of either way to fold, but each further branch would cost one.
+            if due is True:
+                return on_devices(pairs, [exactly], weights=weights())
+            return on_devices(pairs, [fold.nothing, exactly], tf.cast(due, tf.int32), weights())
+
+        def choose():
+            chosen = weights()
+            way = tf.where(tf.reduce_any(tf.equal(chosen, 1.0)), 2, 1)
+            # Never negative, which TensorFlow cannot know. Where it can tell the way while it optimizes a
+            # graph, it makes a call without side effects of it, and leaves that out.
+            return tf.where(self.averages.status.is_counting(), way, 0), chosen
+
+        def skip():
+            return tf.constant(0), tf.zeros([len(pairs)], tf.float64)
+
+        choice, chosen = choose() if due is True else tf.cond(due, choose, skip)
+        works = [fold.nothing, fold.fold_work(jit_compile, any_is_one=False), exactly]
+        return on_devices(pairs, works, choice, chosen)
+
+    def _alone(self, condition: Union[bool, tf.Tensor], work: Callable[[], list]) -> tf.Tensor:
+        """Does `work` if `condition` holds, while no other worker is in the section."""
+        section = self.averages.status.section
+
+        def one_at_a_time() -> list:
+            return [section.execute(lambda: _done(work), exclusive_resource_access=False)]
+
+        return _when(condition, one_at_a_time)
+
+
+def _when(condition: Union[bool, tf.Tensor], work: Callable[[], list]) -> tf.Tensor:
+    """Does `work` if `condition` holds: a scalar bool tensor, or True.
+
+    Returns:
+      What must run before anything that follows.
+    """
+    if condition is True:
+        return _done(work)
+    return tf.cond(condition, lambda: _done(work), lambda: tf.constant(True))
+
+
+def _done(work: Callable[[], list]) -> tf.Tensor:
+    """Does the work, which returns the operations that must run; ready after them."""
+    with after(*work()):
+        return tf.constant(True)
+
+
+def _checked_weight(weight, shape: tf.TensorShape) -> tf.Tensor:
+    """What a scheme returned as float64, which must be a scalar or of this shape."""
+    weight = tf.cast(weight, tf.float64)
+    if weight.shape.rank != 0 and not weight.shape.is_compatible_with(shape):
+        raise ValueError(
+            f"Expected `averaging_weight` to return a scalar, or a vector of shape {shape}, one element "
+            f"for each average. Received: {weight}"
+        )
+    return weight
+
+
+def _waiting(gradient: Optional[tf.Tensor]) -> Optional[tf.Tensor]:
+    """The gradient; in graphs it is ready after what the context orders it after. None stays None."""
+    return gradient if gradient is None or tf.executing_eagerly() else tf.identity(gradient)
+
+
+def checked_pairs(grads_and_vars) -> list:
+    """Returns (gradient, variable) pairs as a list of tuples."""
+    expected = "Expected (gradient, variable) pairs."
+    try:
+        pairs = [tuple(pair) for pair in grads_and_vars]
+    except TypeError as error:
+        raise TypeError(f"{expected} Received: {grads_and_vars!r}") from error
+    for pair in pairs:
+        if len(pair) != 2 or not isinstance(pair[1], tf.Variable):
+            raise TypeError(f"{expected} Received: {pair!r}")
+    return pairs

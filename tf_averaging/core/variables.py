@@ -1,0 +1,442 @@
+# Copyright 2026 The tf_averaging Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""TensorFlow variables as the core sees them: their parts, where they live, which of them are averaged.
+
+A variable of a model may be a whole family: one plain variable for each replica, perhaps wrapped for
+mixed precision. `components` takes it apart. The core reads and writes the parts by resource handle. So
+nothing communicates, everything is legal inside a `tf.cond`, and one piece of code serves all strategies.
+"""
+
+from __future__ import annotations
+
+import collections.abc
+import contextlib
+import dataclasses
+import functools
+import uuid
+from typing import (
+    Any,
+    Callable,
+    Dict,
+    Generic,
+    Iterable,
+    Iterator,
+    List,
+    NamedTuple,
+    Optional,
+    Protocol,
+    Sequence,
+    Tuple,
+    TypeVar,
+)
+
+import numpy as np
+import tensorflow as tf
+
+Value = TypeVar("Value")
+ShardedVariable = tf.__internal__.distribute.ShardedVariable
+
+# Without AutoGraph, which would otherwise rewrite every function called in a `tf.function`: nothing here
+# needs it, and tracing takes a multiple of the time.
+as_written = tf.autograph.experimental.do_not_convert
+
+
+class Component(NamedTuple):
+    """One plain variable: what a replica or a device really holds.
+
+    Attributes:
+      handle: scalar `tf.resource` tensor.
+      dtype: the dtype in which the value is stored (not the one mixed precision casts it to).
+      shape: static shape, possibly unknown.
+      device: where the value lives, as a device string.
+    """
+
+    handle: tf.Tensor
+    dtype: tf.DType
+    shape: tf.TensorShape
+    device: str
+
+
+def is_distributed(variable: tf.Variable) -> bool:
+    """Whether `variable` has one component for each replica."""
+    return isinstance(variable, tf.distribute.DistributedValues)
+
+
+def in_replica_context() -> bool:
+    """Whether the code runs on one replica of a strategy.
+
+    The default strategy does not count. Outside any scope it claims to be in a replica context, but there
+    a distributed variable's `handle` is silently the first replica's.
+    """
+    return tf.distribute.has_strategy() and not tf.distribute.in_cross_replica_context()
+
+
+def components(variable: tf.Variable) -> List[Component]:
+    """What this context may touch: its own part in a replica context, all parts otherwise."""
+    if is_distributed(variable) and not in_replica_context():
+        return all_components(variable)
+    return [_component(variable)]
+
+
+def all_components(variable: tf.Variable) -> List[Component]:
+    """All parts of `variable`, whatever the context."""
+    if is_distributed(variable):
+        return [_component(value) for value in variable.values]
+    return [_component(variable)]
+
+
+def _component(variable: tf.Variable) -> Component:
+    handle = variable.handle
+    # The `dtype` of an autocast variable depends on where it is read. What it stores is its `true_dtype`.
+    dtype = getattr(variable, "true_dtype", variable.dtype)
+    return Component(handle, dtype, variable.shape, handle.device or variable.device)
+
+
+def read(component: Component) -> tf.Tensor:
+    """The value. The tensor shares the variable's buffer until one of them is written to."""
+    with tf.device(component.device):
+        value = tf.raw_ops.ReadVariableOp(resource=component.handle, dtype=component.dtype)
+    if not tf.executing_eagerly():
+        value.set_shape(component.shape)
+    return value
+
+
+def assign(component: Component, value: tf.Tensor) -> Optional[tf.Operation]:
+    """Sets the value. The tensor's buffer changes hands where nobody else needs it."""
+    with tf.device(component.device):
+        return tf.raw_ops.AssignVariableOp(resource=component.handle, value=value)
+
+
+def add(component: Component, delta: tf.Tensor) -> Optional[tf.Operation]:
+    """Adds to the value, where it lives."""
+    with tf.device(component.device):
+        return tf.raw_ops.AssignAddVariableOp(resource=component.handle, value=delta)
+
+
+def after(*results: object):
+    """Orders what follows after those results that are tensors or operations of a graph."""
+    return tf.control_dependencies(
+        [r for r in results if isinstance(r, (tf.Tensor, tf.Operation)) and not tf.executing_eagerly()]
+    )
+
+
+def copy(pairs: Iterable[Tuple[Component, Component]]) -> None:
+    """Sets each first component to the second one's value. Buffers are shared until one is written."""
+    for target, source in pairs:
+        assign(target, tf.cast(read(source), target.dtype))
+
+
+def read_here(variable: tf.Variable) -> tf.Tensor:
+    """The value in this context: a replica's own, or the first replica's."""
+    return read(components(variable)[0])
+
+
+def assign_here(variable: tf.Variable, value: tf.Tensor) -> list:
+    """Sets the components that this context may touch; returns the operations."""
+    return [assign(component, value) for component in components(variable)]
+
+
+def assign_everywhere(variable: tf.Variable, value: tf.Tensor) -> None:
+    """Sets all components, whatever the context."""
+    for component in all_components(variable):
+        assign(component, tf.cast(value, component.dtype))
+
+
+def stored_dtype(variable: tf.Variable) -> tf.DType:
+    """The dtype in which the values are stored."""
+    return all_components(variable)[0].dtype
+
+
+def is_shared_by_replicas(variable: tf.Variable) -> bool:
+    """Whether several replicas run in step here and have this one variable between them."""
+    return (
+        in_replica_context()
+        and tf.distribute.get_strategy().num_replicas_in_sync > 1
+        and not is_distributed(variable)
+    )
+
+
+# Where a value lives.
+
+
+def is_remote(component: Component) -> bool:
+    """Whether the value lives in another process, such as a parameter server."""
+    device = tf.DeviceSpec.from_string(component.device)
+    if device.job in (None, "localhost"):
+        return False
+    here = tf.DeviceSpec.from_string(_local_device(_known_devices()))
+    return (device.job, device.task) != (here.job, here.task)
+
+
+def is_on_tpu(component: Component) -> bool:
+    return tf.DeviceSpec.from_string(component.device).device_type == "TPU"
+
+
+def is_on_parameter_server(component: Component) -> bool:
+    """Whether workers share the value. It is remote then, and not on a TPU, which may be remote too."""
+    return is_remote(component) and not is_on_tpu(component)
+
+
+def is_on_local_cpu(component: Component) -> bool:
+    device_type = tf.DeviceSpec.from_string(component.device).device_type
+    return device_type == "CPU" and not is_remote(component)
+
+
+def _known_devices() -> Tuple[str, ...]:
+    return tuple(device.name for device in tf.config.list_logical_devices())
+
+
+@functools.lru_cache(maxsize=1)
+def _local_device(known_devices: Tuple[str, ...]) -> str:
+    """This process's own device. Its name changes when a cluster is joined, and so do all known ones."""
+    del known_devices
+    with tf.init_scope(), tf.device(None), tf.device("/device:CPU:0"):
+        return tf.constant(0).device
+
+
+# Which variables are the same.
+
+
+def averageable(variables: Iterable[object]) -> List[tf.Variable]:
+    """The floating-point and complex variables among `variables`. A sharded one gives its shards."""
+    chosen = []
+    for variable in variables:
+        if isinstance(variable, ShardedVariable):
+            chosen += averageable(variable.variables)
+        elif isinstance(variable, tf.Variable):
+            dtype = getattr(variable, "true_dtype", variable.dtype)
+            if dtype.is_floating or dtype.is_complex:
+                chosen.append(variable)
+    return chosen
+
+
+# TensorFlow has no public name for what identifies a variable, which distributed variable a component
+# belongs to, and under which strategy it was created. The private ones are used below and nowhere else in
+# the core. `tests/private_names_test.py` fails if one of them goes away.
+
+
+def _identity(variable: Any) -> str:
+    """What identifies a variable, however wrapped, and whichever of its components is at hand."""
+    if not is_distributed(variable):
+        # A component knows its whole, on itself or (extension types) on its handle.
+        for part in (variable, getattr(variable, "handle", None)):
+            container = getattr(part, "_distributed_container", None)
+            if container is not None and container() is not None:
+                return container()._unique_id
+    return variable._unique_id
+
+
+def strategy_of(variable: tf.Variable) -> Optional[tf.distribute.Strategy]:
+    """The strategy in whose scope the variable was created, None for none."""
+    return getattr(variable, "_distribute_strategy", None)
+
+
+class VariableMap(collections.abc.MutableMapping, Generic[Value]):
+    """A dict whose keys are variables, compared by identity; in the order in which they came.
+
+    A distributed variable and each of its components are the same key.
+    """
+
+    def __init__(self, items: Iterable[Tuple[tf.Variable, Value]] = ()):
+        self._items: Dict[str, Tuple[tf.Variable, Value]] = {}
+        for variable, value in items:
+            self[variable] = value
+
+    def __getitem__(self, variable: tf.Variable) -> Value:
+        try:
+            return self._items[_identity(variable)][1]
+        except (AttributeError, KeyError):
+            raise KeyError(f"Variable {getattr(variable, 'name', variable)!r} has no average.") from None
+
+    def __setitem__(self, variable: tf.Variable, value: Value) -> None:
+        key = _identity(variable)
+        known = self._items.get(key)
+        self._items[key] = (variable if known is None else known[0], value)
+
+    def __delitem__(self, variable: tf.Variable) -> None:
+        del self._items[_identity(variable)]
+
+    def __contains__(self, variable: object) -> bool:
+        return hasattr(variable, "_unique_id") and _identity(variable) in self._items
+
+    def __iter__(self) -> Iterator[tf.Variable]:
+        return (variable for variable, _ in self._items.values())
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+
+# Which variables are averaged.
+
+
+class Model(Protocol):
+    """What is asked of a model that is followed."""
+
+    @property
+    def variables(self) -> Sequence: ...
+
+    @property
+    def trainable_variables(self) -> Sequence: ...
+
+
+@dataclasses.dataclass
+class VariableSelection:
+    """The variables that are averaged.
+
+    Attributes:
+      trainable_only: whether only trainable ones are averaged where a model is followed.
+      tf_variables: makes TensorFlow's variables of the model's.
+      trained: the variables that steps have trained so far, in their order.
+      model: the model that is followed, None for none.
+      is_fixed: whether a list of variables was given. Nothing else is averaged then.
+    """
+
+    trainable_only: bool
+    tf_variables: Callable[[Iterable], List[tf.Variable]]
+    trained: VariableMap[None] = dataclasses.field(default_factory=VariableMap)
+    model: Optional[Model] = None
+    is_fixed: bool = False
+
+    def __post_init__(self):
+        if not isinstance(self.trainable_only, (bool, np.bool_)):
+            raise TypeError(
+                "Expected `trainable_weights_only` to be a bool. It comes before the decay here. "
+                "TensorFlow Addons had `MovingAverage(optimizer, average_decay, ...)`, so write "
+                "`ExponentialMovingAverage(optimizer, average_decay=0.999)`. Received: "
+                f"trainable_weights_only={self.trainable_only!r}"
+            )
+        self.trainable_only = bool(self.trainable_only)
+
+    def train(self, variables: Iterable[tf.Variable]) -> None:
+        """Notes that these variables are trained."""
+        for variable in variables:
+            self.trained[variable] = None
+
+    def fix(self, variables: Sequence[tf.Variable]) -> List[tf.Variable]:
+        """Makes a list of variables the set, together with earlier lists.
+
+        Returns:
+          Those that can be averaged.
+
+        Raises:
+          ValueError: if none of them can be averaged, or a model is followed already.
+        """
+        chosen = averageable(variables)
+        if not chosen:
+            raise ValueError(
+                f"Expected floating-point or complex variables to average. Received: {variables!r}"
+            )
+        if self.model is not None and not self.is_fixed:
+            raise ValueError(
+                "A list of variables says what is averaged, and a model is followed already. Expected"
+                " one or the other."
+            )
+        self.is_fixed = True
+        return chosen
+
+    def wanted(self) -> List[tf.Variable]:
+        """The variables that should have averages now; none of its own accord where a list was given.
+
+        Raises:
+          ValueError: if variables beside the trained ones are wanted, and no model is followed.
+        """
+        if self.is_fixed:
+            return []
+        if self.model is None:
+            if self.trained and not self.trainable_only:
+                raise ValueError(
+                    "With `trainable_weights_only=False` the averages of variables that no gradient "
+                    "reaches must be known. Call `shadow_copy(model)` before training."
+                )
+            return averageable(self.trained)
+        chosen = averageable([*self._model_variables(), *self.trained])
+        return list(VariableMap((variable, None) for variable in chosen))
+
+    def in_order(self) -> List[tf.Variable]:
+        """The trained variables, or all of the model's where all are averaged, in a model's order."""
+        others = [] if self.trainable_only or self.model is None else self._model_variables()
+        return averageable(others or self.trained)
+
+    def _model_variables(self) -> List[tf.Variable]:
+        model: Any = self.model
+        try:
+            found = model.trainable_variables if self.trainable_only else model.variables
+        except ValueError:  # Keras models that have not been built.
+            return []
+        return self.tf_variables(found)
+
+
+# New variables beside others.
+
+
+@contextlib.contextmanager
+def _creation_scope(like: tf.Variable):
+    """Where variables must be created to be distributed and placed like `like`."""
+    with contextlib.ExitStack() as scopes:
+        scopes.enter_context(tf.init_scope())
+        strategy = strategy_of(like)
+        if strategy is not None and not tf.distribute.has_strategy():
+            scopes.enter_context(strategy.scope())
+        current = tf.distribute.get_strategy()
+        if not current.extended.variable_created_in_scope(like):
+            raise ValueError(
+                f"The average of variable {like.name!r} must be created under the strategy that the "
+                f"variable was created under, {strategy}. The current one is {current}. Create the "
+                "model and use its optimizer in the scope of one strategy."
+            )
+        scopes.enter_context(current.extended.colocate_vars_with(like))
+        if not is_distributed(like):
+            scopes.enter_context(tf.device(components(like)[0].device))
+        yield
+
+
+def create_like(like: tf.Variable, value: Callable[[], tf.Tensor], name: str, shape=None) -> tf.Variable:
+    """Creates a variable that lives where `like` does and is the same on all replicas."""
+    with _creation_scope(like):
+        return tf.Variable(
+            value,
+            name=name,
+            shape=shape,
+            trainable=False,
+            aggregation=tf.VariableAggregation.ONLY_FIRST_REPLICA,
+        )
+
+
+def create_slot(variable: tf.Variable, dtype: tf.DType, name: str) -> tf.Variable:
+    """Creates a variable shaped, placed, distributed and set like `variable`, on each replica."""
+
+    def value() -> tf.Tensor:
+        return tf.cast(read(all_components(variable)[0]), dtype)
+
+    with _creation_scope(variable):
+        slot = tf.Variable(
+            value,
+            name=f"{variable.name.split(':')[0]}/{name}",
+            shape=variable.shape,
+            dtype=dtype,
+            trainable=False,
+            synchronization=variable.synchronization,
+            aggregation=variable.aggregation,
+        )
+    # A replica's own value, which the others need not share. Buffers are shared until one is written to.
+    for target, source in zip(all_components(slot), all_components(variable)):
+        assign(target, tf.cast(read(source), dtype))
+    return slot
+
+
+def create_section(like: tf.Variable) -> tf.CriticalSection:
+    """Creates what lets one worker at a time do its work, where `like` lives."""
+    with tf.init_scope(), tf.device(like.device):
+        # Unless told otherwise, all critical sections of a server are one.
+        return tf.CriticalSection(shared_name=uuid.uuid4().hex)
