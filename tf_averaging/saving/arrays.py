@@ -1,0 +1,450 @@
+# Copyright 2026 The tf_averaging Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The state of an optimizer as arrays: `.keras` and `.h5` files, `get_weights` and `set_weights`.
+
+By position: the inner optimizer's variables, the steps taken first; the status of the averages; the
+averages; a subclass's own variables. A `.keras` file also says which variable each average belongs to.
+What does not fit is refused before anything is changed.
+"""
+
+from __future__ import annotations
+
+import collections
+import json
+import warnings
+from typing import TYPE_CHECKING, Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
+
+import numpy as np
+import tensorflow as tf
+
+from tf_averaging.core import variables as core_variables
+from tf_averaging.core.averages import Averages
+from tf_averaging.core.averages import Slots
+from tf_averaging.core.status import NOT_SET
+from tf_averaging.core.status import Clock
+from tf_averaging.core.status import checked_count
+from tf_averaging.core.variables import VariableMap
+from tf_averaging.saving.unclaimed import SavedAverage
+
+if TYPE_CHECKING:
+    from tf_averaging.averaged_optimizer_wrapper import AveragedOptimizerWrapper
+
+
+class Head(NamedTuple):
+    """What is saved of the averages as a whole."""
+
+    updates: int
+    swapped: bool
+    first_step: int
+
+
+class OptimizerState:
+    """All state of an averaging optimizer, to save it and to load it.
+
+    What belongs to the trained variables is in `trained`'s order. Averages of others, whose variables are
+    not known when a file is loaded, are `unclaimed` until they are. In `.keras` files tf_keras itself
+    loses scale and counter of a LossScaleOptimizer around the optimizer, so these are here too.
+    """
+
+    def __init__(self, optimizer: AveragedOptimizerWrapper):
+        selection = optimizer._updates.selection
+        self.averages: Averages = optimizer._averages
+        self.averages.order(selection.in_order())
+        self.inner: List[tf.Variable] = optimizer._inner_state()
+        self.unclaimed = optimizer._unclaimed
+        self.own: List[tf.Variable] = optimizer._own_variables()
+        self.trained: List[tf.Variable] = list(selection.trained)
+        self.is_fixed_set = selection.is_fixed
+        self.averages_others = not selection.trainable_only
+        self.start = optimizer._updates.start
+        self.loss_scale: List[tf.Variable] = optimizer._loss_scale()
+        self.name_of = optimizer._variable_name
+
+    # As a list.
+
+    def variables(self) -> List[tf.Variable]:
+        """All variables, but not statistics that were recomputed: positions must not depend on them."""
+        averages = self.averages
+        if averages.status is None:
+            return self.inner + self.own
+        clocks = averages.status.clock_variables()
+        return self.inner + self._head() + clocks + self._values() + self.unclaimed.variables + self.own
+
+    def _head(self) -> List[tf.Variable]:
+        status = self.averages.status
+        return [] if status is None else [status.count, status.swapped, status.first_step]
+
+    def _values(self) -> List[tf.Variable]:
+        slots = self.averages.averaged()
+        return [s.average for s in slots] + [s.stash for s in slots if s.stash is not None]
+
+    def set(self, arrays: Sequence[Any]) -> None:
+        """Sets all variables.
+
+        The arrays are as many and shaped as `variables`. They may have averages of variables that are not
+        known yet, if variables beside the trained ones are averaged, and lack the clocks, as files of
+        version 0.1 do. What does not fit is a ValueError, and nothing is changed then.
+        """
+        first, last = len(self.inner), len(arrays) - len(self.own)
+        rest = list(arrays[first:last])
+        averaged = self.averages.averaged()
+        if not averaged and not (self.averages_others and self.trained and rest):
+            variables = self.variables()
+            self._assign(variables, all_checked(arrays, variables))
+            return
+        clocks = [as_number(array) for array in rest[3:] if np.asarray(array).dtype.kind in "iu"]
+        values = rest[3 + len(clocks) :]
+        if averaged and (len(rest) < 3 or len(values) != len(self._values())):
+            raise _wrong_number(len(self.variables()), len(arrays))
+        head = checked_head(rest[:3])
+        others = self.inner + self.own
+        checked = all_checked([*arrays[:first], *arrays[last:]], others)
+        if averaged:
+            saved = self._matched(values, averaged, _columns(clocks, len(averaged)), head)
+        else:
+            values = [as_number(value) for value in values]
+            saved = [SavedAverage(value, None, self._clock(None, 0, head)) for value in values]
+        self._assign(others, checked)
+        self.averages.set_status(*head, like=self.trained[0] if self.trained else None)
+        if averaged:
+            for slots, one in zip(averaged, saved):
+                self.averages.load(slots, one.average, one.stash, one.clock)
+        else:
+            self.unclaimed.keep(saved)
+
+    def _matched(self, values, averaged: Sequence[Slots], clocks, head: Head) -> List[SavedAverage]:
+        """The values of averages and stashes, by variable."""
+        stashes = iter(values[len(averaged) :])
+        return [
+            checked_average(
+                slots.variable,
+                average,
+                None if slots.stash is None else next(stashes),
+                self._clock(clocks, place, head),
+            )
+            for place, (slots, average) in enumerate(zip(averaged, values))
+        ]
+
+    def _clock(self, clocks: Optional[np.ndarray], place: int, head: Head) -> Clock:
+        """A clock of a file: the default is that of version 0.1, which had one for all variables."""
+        if clocks is not None:
+            return Clock(*map(int, clocks[:, place]))
+        return Clock(self.start if head.first_step == NOT_SET else head.first_step, 0)
+
+    # As a `.keras` file.
+
+    def save(self, store) -> None:
+        """Writes everything to a `.keras` file's store (a mapping from names to arrays)."""
+        values = [v.numpy() for v in self.inner + self._head()] + self._values_in_order()
+        for index, value in enumerate([*values, *(v.numpy() for v in self.own)]):
+            store[str(index)] = value
+        averaged, unclaimed = self.averages.averaged(), self.unclaimed.saved
+        places = VariableMap((variable, place) for place, variable in enumerate(self.trained))
+        of_known = [places.get(slots.variable, -1) for slots in averaged]
+        store["averages_of"] = np.array(of_known + [-1] * len(unclaimed), np.int64)
+        kept: List[Any] = [*averaged, *unclaimed]
+        store["has_stash"] = np.array([slots.stash is not None for slots in kept])
+        store["is_fixed_set"] = np.array(self.is_fixed_set)
+        clocks = [self.averages.status.clock(slots.variable) for slots in averaged]
+        clocks += [saved.clock for saved in unclaimed]
+        store["clocks"] = np.array(clocks, np.int64).reshape(len(clocks), 2).T
+        names = json.dumps(list(map(self.name_of, self.trained)))
+        store["names"] = np.frombuffer(names.encode(), np.uint8)
+        for index, variable in enumerate(self.loss_scale):
+            store[f"loss_scale_{index}"] = variable.numpy()
+
+    def _values_in_order(self) -> List[np.ndarray]:
+        """All averages, then all stashes."""
+        kept: List[Any] = [*self.averages.averaged(), *self.unclaimed.saved]
+        values = [slots.average for slots in kept] + [s.stash for s in kept if s.stash is not None]
+        return [np.asarray(value) for value in values]
+
+    def load(self, store) -> bool:
+        """Reads what `save` wrote, or version 0.1, or an optimizer without averages.
+
+        Returns whether the file says that a list of variables is averaged. What does not fit is a
+        ValueError, and nothing is changed then.
+        """
+        arrays = [store[str(index)] for index in range(sum(key.isdigit() for key in _keys(store)))]
+        if "averages_of" not in _keys(store):
+            self._load_plain(arrays)
+            return self.is_fixed_set
+        first, last = len(self.inner), len(arrays) - len(self.own)
+        variables = self.inner + self.own
+        checked = all_checked([*arrays[:first], *arrays[last:]], variables)
+        keys = [key for key in ("loss_scale_0", "loss_scale_1") if key in _keys(store)]
+        scale = self.loss_scale if keys else []
+        checked_scale = all_checked([store[key] for key in keys], scale) if scale else []
+        saved = self._saved_averages(store, arrays[first:last])
+
+        self._assign(variables, checked)
+        self._assign(scale, checked_scale)
+        if saved is None:
+            self.averages.start_over()
+            return self.is_fixed_set
+        head, of_trained, others = saved
+        is_fixed_set = bool(np.asarray(store["is_fixed_set"]))
+        self._load_averages(head, of_trained, others, is_fixed_set)
+        return is_fixed_set
+
+    def _saved_averages(
+        self, store, arrays: Sequence[Any]
+    ) -> Optional[Tuple[Head, List[Tuple[tf.Variable, SavedAverage]], List[SavedAverage]]]:
+        """What a file has of the averages: those of trained variables, and others; None for nothing.
+
+        `arrays` are head, averages, stashes, and what was unclaimed when version 0.1 wrote the file.
+        """
+        places = self._places(store)
+        has_stash = np.asarray(store["has_stash"])
+        known = [place for place in places if place >= 0]
+        if (
+            has_stash.shape != (len(places),)
+            or has_stash.dtype != bool
+            or len(set(known)) != len(known)
+            or any(place >= len(self.trained) for place in known)
+            or (len(arrays) < 3 + len(places) + has_stash.sum() if arrays else places)
+        ):
+            raise ValueError(
+                f"Expected averages of {len(self.trained)} trained variables. Received averages of those "
+                f"with the indices {places} in {len(arrays)} arrays"
+            )
+        if not arrays:
+            return None
+        head = checked_head(arrays[:3])
+        if head.swapped and any(
+            self.averages.needs_stash(self.trained[place]) != stashed
+            for place, stashed in zip(places, has_stash)
+            if place >= 0
+        ):
+            raise ValueError(
+                "The file was saved while averages and weights were exchanged, and with another "
+                "`average_dtype`. Expected the same one, or a file saved while they were not."
+            )
+        clocks = _columns([as_number(store["clocks"])] if "clocks" in _keys(store) else [], len(places))
+        averages, rest = arrays[3 : 3 + len(places)], iter(arrays[3 + len(places) :])
+        stashes = [next(rest) if stashed else None for stashed in has_stash]
+        of_trained, others = [], []
+        for index, (place, average, stash) in enumerate(zip(places, averages, stashes)):
+            clock = self._clock(clocks, index, head)
+            if place >= 0:
+                variable = self.trained[place]
+                of_trained.append((variable, checked_average(variable, average, stash, clock)))
+            else:
+                stash = None if stash is None else as_number(stash)
+                others.append(SavedAverage(as_number(average), stash, clock))
+        # Version 0.1 listed what was unclaimed without its stashes.
+        others += [SavedAverage(as_number(array), None, self._clock(None, 0, head)) for array in rest]
+        return head, of_trained, others
+
+    def _places(self, store) -> List[int]:
+        """For each average of a file the place of its variable among the trained ones, -1 for others."""
+        places = as_number(store["averages_of"])
+        if places.dtype.kind != "i" or places.ndim != 1:
+            raise ValueError(f"Expected a vector of indices. Received: {places!r}")
+        names, names_now = _read_names(store), list(map(self.name_of, self.trained))
+        if sorted(names) != sorted(names_now):  # Version 0.1, or a model built anew.
+            return places.tolist()
+        # The order in which variables came to be trained is not that of the model.
+        place_now = {name: place for place, name in enumerate(_numbered(names_now))}
+        moved = [place_now[name] for name in _numbered(names)]
+        return [moved[place] if 0 <= place < len(moved) else place for place in places.tolist()]
+
+    def _load_averages(self, head: Head, of_trained, others, is_fixed_set: bool) -> None:
+        averages = self.averages
+        trained = VariableMap((variable, None) for variable in self.trained)
+        untrained = [v for v in averages.slots if v not in trained]
+        if is_fixed_set:
+            averages.keep_only([variable for variable, _ in of_trained] + untrained)
+        averages.add([variable for variable, _ in of_trained])
+        averages.order(self.trained)
+        averages.start_over()
+        averages.set_status(*head, like=self.trained[0] if self.trained else None)
+        for variable, saved in of_trained:
+            averages.load(averages.slots[variable], saved.average, saved.stash, saved.clock)
+        if others:
+            self.unclaimed.keep(others)
+            self.unclaimed.give_to([v for v in untrained if averages.slots[v].kind == "average"])
+
+    def _load_plain(self, arrays: Sequence[Any]) -> None:
+        self._assign(self.inner, all_checked(arrays, self.inner))
+        self.averages.start_over()
+        warnings.warn(
+            "The file was written by an optimizer without averages. They start from the weights in it.",
+            stacklevel=4,
+        )
+
+    def _assign(self, variables: Sequence[tf.Variable], arrays: Sequence[np.ndarray]) -> None:
+        for variable, array in zip(variables, arrays):
+            variable.assign(tf.cast(array, variable.dtype))
+
+
+def _keys(store) -> List[str]:
+    return list(store.keys())  # Keras 3's stores cannot be iterated over.
+
+
+def _read_names(store) -> List[str]:
+    if "names" not in _keys(store):
+        return []
+    try:
+        names = json.loads(np.asarray(store["names"], np.uint8).tobytes().decode())
+    except ValueError as error:
+        raise ValueError("Expected names of variables as JSON.") from error
+    return [str(name) for name in names] if isinstance(names, list) else []
+
+
+def _numbered(names) -> List[Tuple[str, int]]:
+    """Each name with the number of times that it came before."""
+    seen: Dict[str, int] = collections.Counter()
+    numbered = []
+    for name in names:
+        numbered.append((name, seen[name]))
+        seen[name] += 1
+    return numbered
+
+
+# What an averaging optimizer asks for.
+
+
+def state_of(optimizer: AveragedOptimizerWrapper) -> OptimizerState:
+    """All state of an optimizer as it is now, the averages brought up to date."""
+    optimizer._create_as_restored()
+    state = OptimizerState(optimizer)
+    if tf.executing_eagerly() and not core_variables.in_replica_context():
+        state.averages.refresh()
+    return state
+
+
+def save(optimizer: AveragedOptimizerWrapper, store) -> None:
+    """Writes the state to a `.keras` file's store (a mapping from names to arrays)."""
+    state = state_of(optimizer)
+    if len(state.averages) > len(state.averages.averaged()):
+        warnings.warn(
+            "Statistics that were recomputed for the averages (`update_batch_norm`) are kept by "
+            "`tf.train.Checkpoint` only. From this file the model gets those that it holds now, and "
+            "the others must be recomputed.",
+            stacklevel=3,
+        )
+    state.save(store)
+
+
+def load(optimizer: AveragedOptimizerWrapper, store) -> None:
+    """Reads the state from a `.keras` file's store; warns of one that does not fit."""
+    if not store.keys():
+        message = f"The file holds no state for optimizer {optimizer.name!r}, which is left as it is."
+        warnings.warn(message, stacklevel=3)
+        return
+    try:
+        optimizer._updates.selection.is_fixed = OptimizerState(optimizer).load(store)
+    except (KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
+        warnings.warn(
+            f"The state of optimizer {optimizer.name!r} was not loaded, and is left as it is, since the "
+            f"one in the file does not fit it: {error}",
+            stacklevel=3,
+        )
+
+
+# Checks. All of them raise a ValueError that says what was expected and received.
+
+
+def all_checked(arrays: Sequence[Any], variables: Sequence[tf.Variable]) -> List[np.ndarray]:
+    if len(arrays) != len(variables):
+        raise _wrong_number(len(variables), len(arrays))
+    return [_checked(array, variable) for array, variable in zip(arrays, variables)]
+
+
+def _wrong_number(expected: int, received: int) -> ValueError:
+    hint = "`build` or a training step creates the variables"
+    return ValueError(f"Expected {expected} arrays ({hint}). Received: {received}")
+
+
+def _checked(array: Any, variable: tf.Variable, role: str = "") -> np.ndarray:
+    if variable.dtype == tf.bool:
+        return np.array(_checked_flag(array))
+    array = as_number(array)
+    if not variable.shape.is_compatible_with(array.shape):
+        name = f"{role}{variable.name!r}"
+        raise ValueError(f"Expected shape {variable.shape} for {name}. Received: {array.shape}")
+    _check_kind(array, variable)
+    return array
+
+
+def checked_average(
+    variable: tf.Variable, average: Any, stash: Optional[Any], clock: Clock
+) -> SavedAverage:
+    """What a file has for one variable."""
+    checked = _checked(average, variable, "the average of ")
+    return SavedAverage(checked, None if stash is None else _checked(stash, variable), clock)
+
+
+def _check_kind(array: np.ndarray, variable: tf.Variable) -> None:
+    kinds = "iu" if variable.dtype.is_integer else "fciu" if variable.dtype.is_complex else "fiu"
+    if array.dtype.kind not in kinds and array.dtype != tf.bfloat16.as_numpy_dtype:
+        raise ValueError(
+            f"Expected {variable.dtype.name} numbers for {variable.name!r}. Received: {array.dtype}"
+        )
+    if variable.dtype.is_integer and np.any(array > variable.dtype.max):
+        raise ValueError(
+            f"Expected numbers up to {variable.dtype.max} for {variable.name!r}. Received: {array!r}"
+        )
+
+
+def as_number(array: Any) -> np.ndarray:
+    """A NumPy array of numbers."""
+    try:
+        array = np.asarray(array)
+    except (TypeError, OSError, RuntimeError) as error:
+        raise ValueError(f"Expected an array of numbers. Received: {array!r}") from error
+    if array.dtype == np.dtype("V2"):
+        array = array.view(tf.bfloat16.as_numpy_dtype)  # HDF5 has no name for it.
+    is_number = array.dtype.kind in "iufc" and array.dtype.itemsize <= np.dtype(np.complex128).itemsize
+    if array.dtype == np.longdouble or not (is_number or array.dtype == tf.bfloat16.as_numpy_dtype):
+        raise ValueError(f"Expected an array of numbers. Received one of dtype {array.dtype}")
+    return array
+
+
+def _columns(arrays: Sequence[np.ndarray], number: int) -> Optional[np.ndarray]:
+    """The clocks of this many averages, int64 of shape [2, number]; None where there are none."""
+    if not arrays:
+        return None
+    if any(array.dtype.kind not in "iu" or array.ndim != 2 or len(array) != 2 for array in arrays):
+        raise ValueError(f"Expected integers of shape [2, {number}] for the clocks. Received: {arrays!r}")
+    clocks = np.concatenate(arrays, axis=1)
+    if clocks.shape[1] != number or np.any(clocks < NOT_SET) or np.any(clocks > np.iinfo(np.int64).max):
+        raise ValueError(f"Expected the clocks of {number} averages. Received: {clocks!r}")
+    return clocks
+
+
+def checked_head(arrays: Sequence[Any]) -> Head:
+    """Count, flag and first step."""
+    if len(arrays) != 3:
+        raise ValueError(f"Expected the averages' count, flag and first step. Received: {arrays!r}")
+    try:
+        updates, first_step = (
+            checked_count(name, as_number(array).item(), minimum)
+            for name, array, minimum in [("count", arrays[0], 0), ("first step", arrays[2], NOT_SET)]
+        )
+    except TypeError as error:
+        raise ValueError(f"Expected two integers of 64 bits. Received: {arrays!r}") from error
+    return Head(updates, _checked_flag(arrays[1]), first_step)
+
+
+def _checked_flag(array: Any) -> bool:
+    """Version 0.1 wrote a vector, of length 1 while swapped and 0 otherwise."""
+    try:
+        flag = np.asarray(array)
+    except (TypeError, OSError, RuntimeError) as error:
+        raise ValueError(f"Expected a bool. Received: {array!r}") from error
+    if flag.dtype != bool or flag.size > 1 or flag.ndim > 1:
+        raise ValueError(f"Expected a bool array of no more than one element. Received: {flag!r}")
+    return bool(np.any(flag))
