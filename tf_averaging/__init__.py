@@ -40,3 +40,8 @@ __all__ = [
     "schedules",
     "update_batch_norm",
 ]
+
+
+def __dir__():
+    """The public names: the modules inside the package are not offered."""
+    return [*__all__, "VERSION", *(name for name in globals() if name.startswith("__"))]

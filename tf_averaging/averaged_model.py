@@ -21,14 +21,15 @@ from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 import tensorflow as tf
 
-from tf_averaging import average_ops
-from tf_averaging import averaged_optimizer_wrapper
+from tf_averaging import faces
 from tf_averaging import kerases
+from tf_averaging.averaged_optimizer_wrapper import AveragedOptimizerWrapper
+from tf_averaging.core import variables as core_variables
 
 
 def averaged_model(
     model,
-    optimizer: Optional[averaged_optimizer_wrapper.AveragedOptimizerWrapper] = None,
+    optimizer: Optional[AveragedOptimizerWrapper] = None,
     target=None,
 ):
     """Returns a model of the same architecture that holds the averages of `model`'s weights.
@@ -70,7 +71,7 @@ def averaged_model(
             "`averaged_model` cannot be called in a graph. Call it between calls of the `tf.function`, "
             "in a callback for example."
         )
-    found = averaged_optimizer_wrapper.averaging_optimizer(optimizer or getattr(model, "optimizer", None))
+    found = faces.averaging_optimizer(optimizer or getattr(model, "optimizer", None))
     if found is None:
         raise ValueError(
             "Expected an averaging optimizer, such as `tf_averaging.ExponentialMovingAverage(...)`, as "
@@ -99,7 +100,7 @@ def averaged_model(
     return result
 
 
-def _average(optimizer: averaged_optimizer_wrapper.AveragedOptimizerWrapper, variable):
+def _average(optimizer: AveragedOptimizerWrapper, variable):
     """The average of `variable`, None if it has none."""
     try:
         return optimizer.get_average(variable)
@@ -107,7 +108,7 @@ def _average(optimizer: averaged_optimizer_wrapper.AveragedOptimizerWrapper, var
         return None
 
 
-def _check_averages(optimizer: averaged_optimizer_wrapper.AveragedOptimizerWrapper, model) -> None:
+def _check_averages(optimizer: AveragedOptimizerWrapper, model) -> None:
     if all(_average(optimizer, variable) is None for variable in model.variables):
         raise ValueError(
             "Expected the optimizer that averages the model's weights. Received one that has averages of "
@@ -187,8 +188,8 @@ def _matching(target, model) -> List[Any]:
     return _variables(target)
 
 
-def _components(variable) -> List[average_ops.Component]:
-    return average_ops.all_components(kerases.tf_variable(variable))
+def _components(variable) -> List[core_variables.Component]:
+    return core_variables.all_components(kerases.tf_variable(variable))
 
 
 def _shape_and_dtype(variable) -> Tuple[tf.TensorShape, tf.DType]:
@@ -198,13 +199,13 @@ def _shape_and_dtype(variable) -> Tuple[tf.TensorShape, tf.DType]:
 
 def _assign(variable, value: tf.Tensor) -> None:
     for component in _components(variable):
-        average_ops.assign(component, tf.cast(value, component.dtype))
+        core_variables.assign(component, tf.cast(value, component.dtype))
 
 
 def _copy(target, source) -> None:
     """Sets `target` to the value of `source`; buffers are shared until one is written."""
     targets, sources = _components(target), _components(source)
     if len(targets) == len(sources):
-        average_ops.copy(list(zip(targets, sources)))
+        core_variables.copy(list(zip(targets, sources)))
     else:  # One of the models lives under a strategy and the other does not.
         _assign(target, tf.convert_to_tensor(kerases.tf_variable(source).read_value()))

@@ -22,9 +22,9 @@ from typing import Any, Callable, Iterator, List, NamedTuple, Optional, Set, Tup
 import tensorflow as tf
 from absl import logging
 
-from tf_averaging import average_ops
-from tf_averaging import averaged_optimizer_wrapper
+from tf_averaging import faces
 from tf_averaging import kerases
+from tf_averaging.core import variables as core_variables
 
 
 def update_batch_norm(
@@ -105,9 +105,11 @@ def update_batch_norm(
         if seen is not None
         for statistic in _statistics(layer, seen)
     ]
-    optimizer = averaged_optimizer_wrapper.averaging_optimizer(getattr(model, "optimizer", None))
+    optimizer = faces.averaging_optimizer(getattr(model, "optimizer", None))
     if optimizer is not None and optimizer.weights_swapped:
-        optimizer.exchange_too([variable for variable, _ in new])
+        # The statistics go with the averages when these are swapped out; nothing is folded into them.
+        statistics = optimizer._tf_variables([variable for variable, _ in new])
+        optimizer._averages.add(core_variables.averageable(statistics), "exchanged")
     for variable, value in new:
         _assign(variable, value)
 
@@ -272,14 +274,14 @@ def _unchanged(model) -> Iterator[None]:
         component
         for variable in map(kerases.tf_variable, state)
         if isinstance(variable, tf.Variable)
-        for component in average_ops.all_components(variable)
+        for component in core_variables.all_components(variable)
     ]
-    before = [average_ops.read(component) for component in components]
+    before = [core_variables.read(component) for component in components]
     try:
         yield
     finally:
         for component, value in zip(components, before):
-            average_ops.assign(component, value)
+            core_variables.assign(component, value)
 
 
 def _statistics(layer, moments: _Moments) -> List[Tuple[Any, tf.Tensor]]:
@@ -296,5 +298,5 @@ def _assign(variable, value: tf.Tensor) -> None:
     if isinstance(variable, tf.__internal__.distribute.ShardedVariable):
         variable.assign(tf.cast(value, variable.dtype))
         return
-    for component in average_ops.all_components(variable):
-        average_ops.assign(component, tf.cast(value, component.dtype))
+    for component in core_variables.all_components(variable):
+        core_variables.assign(component, tf.cast(value, component.dtype))

@@ -16,19 +16,18 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Dict, Optional, Union
+from typing import Any, Callable, Dict, Optional, Union
 
 import numpy as np
 import tensorflow as tf
-import tf_keras
-from tf_keras.optimizers.schedules import LearningRateSchedule as Schedule
 
-from tf_averaging import argument_checks
 from tf_averaging import averaged_optimizer_wrapper
-from tf_averaging import inner_optimizer as inner_optimizers
+from tf_averaging import faces
+from tf_averaging import kerases
+from tf_averaging.core.status import checked_count
 
 
-@averaged_optimizer_wrapper.register
+@faces.register
 class ExponentialMovingAverage(averaged_optimizer_wrapper.AveragedOptimizerWrapper):
     """The exponential moving average of the weights (Polyak averaging).
 
@@ -68,9 +67,9 @@ class ExponentialMovingAverage(averaged_optimizer_wrapper.AveragedOptimizerWrapp
 
     def __init__(
         self,
-        optimizer: Union[str, Dict[str, Any], inner_optimizers.Optimizer],
+        optimizer: Any,
         trainable_weights_only: bool = True,
-        average_decay: Union[float, Schedule] = 0.99,
+        average_decay: Any = 0.99,
         start_step: int = 0,
         dynamic_decay: bool = True,
         name: str = "ExponentialMovingAverage",
@@ -81,7 +80,7 @@ class ExponentialMovingAverage(averaged_optimizer_wrapper.AveragedOptimizerWrapp
                 "`start_averaging` goes by the name of `start_step` here. Received: "
                 f"start_averaging={options['start_averaging']!r}"
             )
-        start_step = argument_checks.checked_count("start_step", start_step, minimum=0)
+        start_step = checked_count("start_step", start_step, minimum=0)
         super().__init__(
             optimizer,
             name,
@@ -89,16 +88,17 @@ class ExponentialMovingAverage(averaged_optimizer_wrapper.AveragedOptimizerWrapp
             trainable_weights_only=trainable_weights_only,
             **options,
         )
-        self._average_decay = self._no_dependency(_checked_decay(average_decay))
+        self._average_decay = _checked_decay(average_decay)
+        self._is_schedule = not isinstance(self._average_decay, float)
         if not isinstance(dynamic_decay, (bool, np.bool_)):
             raise TypeError(f"Expected `dynamic_decay` to be a bool. Received: {dynamic_decay!r}")
         self._dynamic_decay = bool(dynamic_decay)
 
-    def averaging_weight(self, step: tf.Tensor) -> tf.Tensor:
+    def averaging_weight(self, steps: tf.Tensor, updates: tf.Tensor) -> tf.Tensor:
         """1 - decay; see `AveragedOptimizerWrapper`."""
-        steps = tf.maximum(step - self.start_step, 0)
-        if isinstance(self._average_decay, Schedule):
-            return 1.0 - tf.cast(self._average_decay(steps), tf.float64)
+        del updates
+        if self._is_schedule:
+            return 1.0 - _decays(self._average_decay, steps)
         decay = tf.constant(self._average_decay, tf.float64)
         if self._dynamic_decay:
             steps = tf.cast(steps, tf.float64)
@@ -106,13 +106,13 @@ class ExponentialMovingAverage(averaged_optimizer_wrapper.AveragedOptimizerWrapp
         return 1.0 - decay
 
     @property
-    def average_decay(self) -> Union[float, Schedule]:
+    def average_decay(self) -> Any:
         """The decay, or the schedule that gives it."""
         return self._average_decay
 
     @property
     def start_step(self) -> Union[int, tf.Tensor]:
-        """The first step that is averaged; see `AveragedOptimizerWrapper.start_averaging`."""
+        """The first step that is averaged; see `start_averaging`."""
         return self.start_averaging
 
     @property
@@ -123,14 +123,14 @@ class ExponentialMovingAverage(averaged_optimizer_wrapper.AveragedOptimizerWrapp
     def get_config(self) -> Dict[str, Any]:
         """The constructor's arguments, ready for JSON."""
         config = super().get_config()
-        del config["start_averaging"]  # Goes by the name of `start_step` here.
+        start_step = config.pop("start_averaging")  # Goes by the name of `start_step` here.
         decay = self._average_decay
-        if isinstance(decay, Schedule):
-            decay = tf_keras.optimizers.schedules.serialize(decay)
+        if self._is_schedule:
+            decay = kerases.serialize_schedule(decay)
         return {
             **config,
             "average_decay": decay,
-            "start_step": self._start_averaging,
+            "start_step": start_step,
             "dynamic_decay": self._dynamic_decay,
         }
 
@@ -138,19 +138,31 @@ class ExponentialMovingAverage(averaged_optimizer_wrapper.AveragedOptimizerWrapp
     def from_config(cls, config: Dict[str, Any], custom_objects: Optional[Dict[str, Any]] = None):
         """Creates the optimizer that `get_config` described; see `AveragedOptimizerWrapper`."""
         if isinstance(config.get("average_decay"), dict):
-            schedule = inner_optimizers.read_config(
-                tf_keras.optimizers.schedules.deserialize, config["average_decay"], custom_objects
+            schedule = faces.read_config(
+                kerases.deserialize_schedule, config["average_decay"], custom_objects
             )
             config = {**config, "average_decay": schedule}
         return super().from_config(config, custom_objects)
 
 
-def _checked_decay(decay: Union[float, Schedule]) -> Union[float, Schedule]:
-    if isinstance(decay, Schedule):
-        return decay
+def _decays(schedule: Callable, steps: tf.Tensor) -> tf.Tensor:
+    """The decay for each number of steps, float64. Keras's schedules take scalars only."""
+    if steps.shape.rank == 0:
+        return tf.cast(schedule(steps), tf.float64)
+    # Clocks mostly agree: one call for all of them then.
+    return tf.cond(
+        tf.reduce_all(tf.equal(steps, steps[0])),
+        lambda: tf.fill(tf.shape(steps), tf.cast(schedule(steps[0]), tf.float64)),
+        lambda: tf.map_fn(lambda step: tf.cast(schedule(step), tf.float64), steps, tf.float64),
+    )
+
+
+def _checked_decay(decay: Any) -> Any:
     expected = "Expected `average_decay` to be a float from 0 to 1, or a `LearningRateSchedule`."
     received = f"Received: average_decay={decay!r}"
     if isinstance(decay, (bool, np.bool_)) or not isinstance(decay, (int, float, np.number)):
+        if kerases.is_schedule(decay):
+            return decay
         raise TypeError(f"{expected} {received}")
     if math.isnan(decay) or not 0 <= decay <= 1:
         raise ValueError(f"{expected} {received}")

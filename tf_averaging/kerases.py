@@ -93,6 +93,11 @@ def register(package: str) -> Callable[[type], type]:
     return decorate
 
 
+def is_schedule(thing: object) -> bool:
+    """Whether it is a `LearningRateSchedule` of either Keras."""
+    return isinstance(thing, bases("optimizers.schedules.LearningRateSchedule"))
+
+
 def serialize_schedule(schedule: object) -> Dict[str, Any]:
     """The config of a schedule of either Keras, ready for JSON. It records which Keras that is."""
     keras = of(schedule)

@@ -28,7 +28,7 @@ from typing import Any, Callable, Dict, Optional, Union
 import tensorflow as tf
 
 from tf_averaging import kerases
-from tf_averaging.argument_checks import checked_count
+from tf_averaging.core.status import checked_count
 
 __all__ = [
     "ConstantLearningRate",

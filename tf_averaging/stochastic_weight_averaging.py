@@ -15,16 +15,16 @@
 
 from __future__ import annotations
 
-from typing import Any, Dict, Union
+from typing import Any, Dict
 
 import numpy as np
 import tensorflow as tf
 
 from tf_averaging import averaged_optimizer_wrapper
-from tf_averaging import inner_optimizer as inner_optimizers
+from tf_averaging import faces
 
 
-@averaged_optimizer_wrapper.register
+@faces.register
 class SWA(averaged_optimizer_wrapper.AveragedOptimizerWrapper):
     """Stochastic weight averaging (arXiv:1803.05407): the mean of snapshots of the weights.
 
@@ -62,7 +62,7 @@ class SWA(averaged_optimizer_wrapper.AveragedOptimizerWrapper):
 
     def __init__(
         self,
-        optimizer: Union[str, Dict[str, Any], inner_optimizers.Optimizer],
+        optimizer: Any,
         start_averaging: int = 0,
         average_period: int = 10,
         name: str = "SWA",
@@ -80,13 +80,10 @@ class SWA(averaged_optimizer_wrapper.AveragedOptimizerWrapper):
             raise TypeError(f"Expected `sequential_update` to be a bool. Received: {sequential_update!r}")
         self._sequential_update = bool(sequential_update)
 
-    def averaging_weight(self, step: tf.Tensor) -> tf.Tensor:
+    def averaging_weight(self, steps: tf.Tensor, updates: tf.Tensor) -> tf.Tensor:
         """1 / (number of snapshots, this one included); see `AveragedOptimizerWrapper`."""
-        return 1.0 / tf.cast(self.num_averaged + 1, tf.float64)
-
-    @property
-    def _first_update_is_copy(self) -> bool:
-        return type(self).averaging_weight is SWA.averaging_weight and not self._has_own_average_op
+        del steps
+        return 1 / (updates + 1)
 
     @property
     def sequential_update(self) -> bool:

@@ -13,4 +13,4 @@
 # limitations under the License.
 """The version, in its one place."""
 
-VERSION = "0.1.0"
+VERSION = "0.2.0"

@@ -21,8 +21,8 @@ from typing import Any, Callable, Optional, Union
 
 import tensorflow as tf
 
-from tf_averaging import averaged_optimizer_wrapper
 from tf_averaging import kerases
+from tf_averaging.averaged_optimizer_wrapper import AveragedOptimizerWrapper
 from tf_averaging.callbacks import averaging_callback
 
 
@@ -84,7 +84,7 @@ class AverageModelCheckpoint(averaging_callback.AveragingCallback):
         options: Union[None, tf.train.CheckpointOptions, tf.saved_model.SaveOptions] = None,
         initial_value_threshold: Optional[float] = None,
         *,
-        optimizer: Optional[averaged_optimizer_wrapper.AveragedOptimizerWrapper] = None,
+        optimizer: Optional[AveragedOptimizerWrapper] = None,
         **kwargs,
     ):
         super().__init__(optimizer)

@@ -17,8 +17,9 @@ from __future__ import annotations
 
 from typing import Any, Dict, Optional
 
-from tf_averaging import averaged_optimizer_wrapper
+from tf_averaging import faces
 from tf_averaging import kerases
+from tf_averaging.averaged_optimizer_wrapper import AveragedOptimizerWrapper
 
 _CALLBACKS = kerases.bases("callbacks.Callback")
 
@@ -26,7 +27,7 @@ _CALLBACKS = kerases.bases("callbacks.Callback")
 class AveragingCallback(*_CALLBACKS):  # type: ignore[misc]
     """A callback of every Keras at once, for models with an averaging optimizer."""
 
-    def __init__(self, optimizer: Optional[averaged_optimizer_wrapper.AveragedOptimizerWrapper]):
+    def __init__(self, optimizer: Optional[AveragedOptimizerWrapper]):
         for base in _CALLBACKS:  # Neither calls the other's.
             base.__init__(self)
         self.params: Dict[str, Any] = {}  # A custom loop may not set any.
@@ -45,14 +46,14 @@ class AveragingCallback(*_CALLBACKS):  # type: ignore[misc]
         self._model = model
 
     @property
-    def optimizer(self) -> averaged_optimizer_wrapper.AveragedOptimizerWrapper:
+    def optimizer(self) -> AveragedOptimizerWrapper:
         """The averaging optimizer: the one given, or the one in the model's optimizer."""
         if self._given_optimizer is not None:
             return self._given_optimizer
         return _averaging_optimizer(getattr(self.model, "optimizer", None))
 
 
-def _averaging_optimizer(compiled) -> averaged_optimizer_wrapper.AveragedOptimizerWrapper:
+def _averaging_optimizer(compiled) -> AveragedOptimizerWrapper:
     """The outermost averaging optimizer in another one, in a LossScaleOptimizer for example.
 
     Args:
@@ -61,7 +62,7 @@ def _averaging_optimizer(compiled) -> averaged_optimizer_wrapper.AveragedOptimiz
     Raises:
       ValueError: if there is none.
     """
-    optimizer = averaged_optimizer_wrapper.averaging_optimizer(compiled)
+    optimizer = faces.averaging_optimizer(compiled)
     if optimizer is not None:
         return optimizer
     raise ValueError(

@@ -19,9 +19,9 @@ from typing import Any, Dict, Optional
 
 from absl import logging
 
-from tf_averaging import argument_checks
-from tf_averaging import averaged_optimizer_wrapper
+from tf_averaging.averaged_optimizer_wrapper import AveragedOptimizerWrapper
 from tf_averaging.callbacks import averaging_callback
+from tf_averaging.core.status import checked_count
 
 
 class SwapAverageWeights(averaging_callback.AveragingCallback):
@@ -52,7 +52,7 @@ class SwapAverageWeights(averaging_callback.AveragingCallback):
 
     >>> def add_to_logs(epoch, logs):
     ...     optimizer, weights = model.optimizer, model.trainable_variables
-    ...     logs["decay"] = 1.0 - float(optimizer.averaging_weight(optimizer.iterations - 1))
+    ...     logs["decay"] = 1.0 - float(optimizer.averaging_weight(optimizer.iterations - 1, None))
     ...     logs["distance"] = float(tf.linalg.global_norm(
     ...         [weight - optimizer.get_slot(weight, "average") for weight in weights]))
     >>> add = tf_keras.callbacks.LambdaCallback(on_epoch_end=add_to_logs)
@@ -82,11 +82,11 @@ class SwapAverageWeights(averaging_callback.AveragingCallback):
         swap_on_epoch: bool = False,
         begin_epoch: int = 0,
         *,
-        optimizer: Optional[averaged_optimizer_wrapper.AveragedOptimizerWrapper] = None,
+        optimizer: Optional[AveragedOptimizerWrapper] = None,
     ):
         super().__init__(optimizer)
         self.swap_on_epoch = averaging_callback.checked_bool("swap_on_epoch", swap_on_epoch)
-        self.begin_epoch = argument_checks.checked_count("begin_epoch", begin_epoch, minimum=0)
+        self.begin_epoch = checked_count("begin_epoch", begin_epoch, minimum=0)
         # What the model held before the evaluation that runs now; None if none runs, as far as is known.
         self._before_evaluation: Optional[bool] = None
         self._first_epoch = False

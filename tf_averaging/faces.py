@@ -1,0 +1,312 @@
+# Copyright 2026 The tf_averaging Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""From a scheme and the optimizer to wrap to an optimizer of that optimizer's Keras.
+
+A scheme, such as `SWA`, inherits from no Keras. Put around an optimizer it becomes an object of a
+subclass that inherits from the face of that optimizer's Keras too, and so from its `Optimizer`. One
+subclass is made for each scheme and Keras. It goes by the scheme's name, so that files name the scheme.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from typing import Any, Dict, Optional
+
+import numpy as np
+import tensorflow as tf
+
+from tf_averaging import kerases
+
+# What a wrapper's constructor passes on. One home for each: the inner optimizer.
+CLIPPING = ("clipnorm", "clipvalue", "global_clipnorm")
+SETTINGS = CLIPPING + ("learning_rate", "decay")
+
+
+def class_around(scheme: type, optimizer: Any) -> type:
+    """The class of this scheme's averaging optimizer around `optimizer` (instance, name or config)."""
+    return scheme if hasattr(scheme, "keras_name") else _class(scheme, _keras_name(optimizer))
+
+
+def overrides(scheme: type, method: str) -> bool:
+    """Whether a scheme has a method of its own, and not that of the base class of all schemes."""
+    defining = [cls for cls in scheme.__mro__ if method in vars(cls)]
+    return not defining or defining[0].__name__ != "AveragedOptimizerWrapper"
+
+
+@functools.cache
+def _class(scheme: type, keras_name: str) -> type:
+    if not overrides(scheme, "averaging_weight") and not overrides(scheme, "average_op"):
+        raise TypeError(
+            f"{scheme.__name__} does not say how to average. Expected a class that overrides "
+            "`averaging_weight` (or `average_op`), such as `tf_averaging.SWA` or "
+            f"`tf_averaging.ExponentialMovingAverage`. Received: {scheme}"
+        )
+    face = _face(keras_name)
+    attributes = {name: getattr(scheme, name) for name in ("__module__", "__qualname__", "__doc__")}
+    cls = type(scheme)(scheme.__name__, (scheme, face), attributes)
+    _register_as(scheme, cls, face.keras)
+    return cls
+
+
+def _face(keras_name: str) -> Any:
+    if keras_name == "tf_keras":
+        from tf_averaging.keras2 import optimizer as face  # noqa: PLC0415
+    else:
+        raise TypeError(
+            "The optimizer comes from Keras 3, which `tf.keras` is unless told otherwise. Either create "
+            "it from tf_keras (`import tf_keras; tf_keras.optimizers.SGD(...)`, and the model too), or "
+            "set the environment variable TF_USE_LEGACY_KERAS=1 before TensorFlow is imported, so that "
+            "`tf.keras` is tf_keras."
+        )
+    return face.Keras2Face
+
+
+def _register_as(scheme: type, cls: type, keras: Any) -> None:
+    """Registers `cls` under the scheme's name with a Keras, if the scheme is registered there."""
+    package, separator, name = keras.saving.get_registered_name(scheme).rpartition(">")
+    if separator:
+        # Both go by one name, which means the scheme: tf_keras would refuse a second class.
+        registered = keras.saving.get_custom_objects()
+        del registered[f"{package}>{name}"]
+        keras.saving.register_keras_serializable(package, name)(cls)
+        registered[f"{package}>{name}"] = scheme
+
+
+def register(scheme: type) -> type:
+    """Class decorator: registers a scheme of this package with every Keras, so that it can load it."""
+    # In an `.h5` file of tf_keras a LossScaleOptimizer names what is inside it by the bare name.
+    for keras in kerases.available():
+        keras.saving.get_custom_objects().setdefault(scheme.__name__, scheme)
+    return kerases.register("tf_averaging")(scheme)
+
+
+def rebuild(scheme: Any, config: Dict[str, Any]):
+    """Creates a copied or unpickled optimizer. As Keras does with models, from its config."""
+    return scheme.from_config(config)
+
+
+def averaging_optimizer(optimizer: object):
+    """The outermost averaging optimizer in `optimizer`, which may be a LossScaleOptimizer around it.
+
+    Args:
+      optimizer: an optimizer, or None.
+
+    Returns:
+      The averaging optimizer, None if there is none.
+    """
+    while optimizer is not None and not hasattr(type(optimizer), "keras_name"):
+        optimizer = getattr(optimizer, "inner_optimizer", None)
+    return optimizer
+
+
+# The inner optimizer, as the user gave it.
+
+
+def _keras_name(optimizer: Any) -> str:
+    """The Keras that an optimizer is of; for a name or a config that does not tell, tf_keras."""
+    if isinstance(optimizer, (str, dict)):
+        return "tf_keras"
+    example = optimizer if inspect.isclass(optimizer) else type(optimizer)
+    packages = [cls.__module__.partition(".")[0] for cls in example.__mro__]
+    return "keras" if "keras" in packages else "tf_keras"
+
+
+def deserialize(config: Any, custom_objects: Optional[Dict[str, Any]] = None):
+    """The optimizer that a config dict describes; the dict is left as it is."""
+    if not isinstance(config, dict):
+        return config
+    if not isinstance(config.get("class_name"), str) or not isinstance(config.get("config"), dict):
+        raise ValueError(
+            "Expected the config dict of an optimizer, with a name under 'class_name' and a dict under "
+            f"'config'. Received: {config!r}"
+        )
+    face = _face(_keras_name(config))
+    read = face.keras.saving.deserialize_keras_object
+    if "module" in config:
+        custom_objects = {**_class_by_bare_name(face, config), **(custom_objects or {})}
+    else:
+        # It edits its argument, and does not know all optimizers, but it alone reads what older versions
+        # of Keras wrote.
+        read = functools.partial(face.keras.optimizers.deserialize, use_legacy_format=True)
+    return read_config(read, config, custom_objects)
+
+
+def _class_by_bare_name(face: Any, config: Dict[str, Any]) -> Dict[str, type]:
+    """The class that a config means, by the name under which tf_keras looks for it in `.h5` files."""
+    known = face.keras.saving.get_registered_object(config.get("registered_name"))
+    if known is None:
+        known = getattr(face.modules.get(str(config["module"])), str(config.get("class_name")), None)
+    return {} if known is None else {config["class_name"]: known}
+
+
+def read_config(read, config: Dict[str, Any], custom_objects: Optional[Dict[str, Any]]) -> Any:
+    """`read(config, custom_objects=custom_objects)`, which leaves `config` as it is.
+
+    Raises:
+      TypeError: as Keras does.
+      ValueError: as Keras does, or if it fails in any other way, as it may on a config that is not what
+        it should be: an object in it is not looked at before it is used.
+    """
+    try:
+        return read(_copy_containers(config), custom_objects=custom_objects)
+    except (TypeError, ValueError):
+        raise
+    except Exception as error:
+        raise ValueError(f"Expected the config of a Keras object. Received: {config!r}") from error
+
+
+def _copy_containers(config: Any) -> Any:
+    """A copy whose dicts and lists may be edited; what is in them is shared."""
+    if isinstance(config, dict):
+        return {key: _copy_containers(value) for key, value in config.items()}
+    if isinstance(config, list):
+        return [_copy_containers(value) for value in config]
+    return config
+
+
+def inner_optimizer(cls: Any, identifier: Any, settings: Dict[str, Any]):
+    """Returns the optimizer meant by `identifier`, configured by `settings`.
+
+    Args:
+      cls: the averaging optimizer's class, which has a face.
+      identifier: an optimizer, the name of one, or its config dict (which is left as it is).
+      settings: any of `SETTINGS` and `lr`; None says nothing. What the optimizer leaves unset is set: all
+        of it for a name, what a config dict does not mention, and for an instance a clipping value of
+        None.
+
+    Raises:
+      TypeError: if `identifier` is not an optimizer that can be wrapped, or a setting is unknown.
+      ValueError: if a setting contradicts the optimizer's own, or the optimizer keeps its own average.
+    """
+    settings = {key: value for key, value in _checked(settings).items() if value is not None}
+    mentioned = set(SETTINGS)
+    if isinstance(identifier, str):
+        optimizer, mentioned = cls.keras.optimizers.get(identifier), set()
+    elif isinstance(identifier, dict):
+        optimizer = deserialize(identifier)
+        config = identifier.get("config", {})
+        mentioned = {"learning_rate" if key == "lr" else key for key in config}
+    else:
+        optimizer = identifier
+    _check_inner(cls, optimizer)
+    if getattr(optimizer, "use_ema", False):
+        raise ValueError(
+            "The inner optimizer has `use_ema=True`, so it would keep an average of its own and put it "
+            "into the model at the end of `fit`. Expected an optimizer with `use_ema=False`: the "
+            f"wrapper keeps the average. Received: {optimizer}"
+        )
+    own = {name: getattr(optimizer, name, None) for name in CLIPPING}
+    own["learning_rate"] = learning_rate_or_schedule(optimizer)
+    own["decay"] = getattr(optimizer, "_initial_decay", None)
+    own = {name: value for name, value in own.items() if name in mentioned}
+    return _configured(optimizer, own, settings)
+
+
+def learning_rate_or_schedule(optimizer: Any):
+    """What an optimizer was given as its learning rate: a schedule, a variable, a number or nothing."""
+    is_legacy = hasattr(optimizer, "_initial_decay")  # Those of tf_keras have the public name only.
+    return getattr(optimizer, "learning_rate" if is_legacy else "_learning_rate", None)
+
+
+def _check_inner(cls: Any, optimizer: object) -> None:
+    """Refuses what is no optimizer of the Keras, and a LossScaleOptimizer."""
+    types = [f"a `{name}`" for name in cls.inner_types]
+    expected = f"Expected {', '.join(types)}, the name of one, or its config dict."
+    received = f"Received: {optimizer!r} of type {type(optimizer)}"
+    if isinstance(optimizer, cls.keras.mixed_precision.LossScaleOptimizer):
+        raise TypeError(
+            "A LossScaleOptimizer goes around the averaging optimizer, not inside it: steps that it "
+            "skips must not be averaged. Wrap the optimizer first, then pass the result to "
+            "`LossScaleOptimizer`; `Model.compile` does so by itself under the `mixed_float16` policy. "
+            f"{received}"
+        )
+    if inspect.isclass(optimizer):
+        raise TypeError(f"Received a class, not an optimizer: call it first. {expected} {received}")
+    if not isinstance(optimizer, tuple(cls.inner_types.values())):
+        raise TypeError(f"{expected} {received}")
+
+
+def check_not_keras_3(thing: object) -> None:
+    """Refuses a model or variable that comes from Keras 3."""
+    if any(cls.__module__.split(".")[0] == "keras" for cls in type(thing).__mro__):
+        raise TypeError(
+            "Expected a model or variables of TensorFlow or tf_keras, as the optimizer is of tf_keras. "
+            "What comes from Keras 3, which `tf.keras` is unless TF_USE_LEGACY_KERAS=1 is set before "
+            f"TensorFlow is imported, cannot be averaged by it. Received: {thing!r}"
+        )
+
+
+def _checked(settings: Dict[str, Any]) -> Dict[str, Any]:
+    """Settings for the inner optimizer, `lr` under its other name."""
+    settings = dict(settings)
+    unknown = set(settings) - set(SETTINGS) - {"lr"}
+    if unknown:
+        raise TypeError(
+            f"Unknown keyword arguments: {sorted(unknown)}. Beside this class's own, expected one of "
+            f"{SETTINGS + ('lr',)}, which configure the inner optimizer."
+        )
+    lr = settings.pop("lr", None)
+    if lr is not None and settings.setdefault("learning_rate", lr) != lr:
+        raise ValueError(
+            "`lr` and `learning_rate` are two names of one argument. Received: "
+            f"lr={lr!r}, learning_rate={settings['learning_rate']!r}"
+        )
+    return settings
+
+
+def _configured(optimizer: Any, own: Dict[str, Any], settings: Dict[str, Any]):
+    """Sets what `own` leaves unset, and checks the rest for contradictions."""
+    if "decay" in settings and not hasattr(optimizer, "_initial_decay"):
+        raise ValueError(
+            "`decay` exists in legacy optimizers only. Expected a "
+            "`tf_keras.optimizers.legacy.Optimizer` inside, or a learning-rate schedule. Received: "
+            f"decay={settings['decay']!r} and the inner optimizer {optimizer!r}"
+        )
+    for name, value in settings.items():
+        if name in CLIPPING and (not isinstance(value, (int, float, np.number)) or not value >= 0):
+            raise ValueError(f"Expected `{name}` to be a number >= 0. Received: {name}={value!r}")
+        if own.get(name) is not None and not _same(own[name], value):
+            raise ValueError(
+                f"`{name}` contradicts the inner optimizer's own. Expected {_shown(own[name])}, or no "
+                f"`{name}` here; to change it, change it where the inner optimizer is created. "
+                f"Received: {name}={_shown(value)}"
+            )
+    unset = {name: value for name, value in settings.items() if own.get(name) is None}
+    clipnorm, global_clipnorm = (
+        settings.get(name, getattr(optimizer, name)) for name in ("clipnorm", "global_clipnorm")
+    )
+    if clipnorm is not None and global_clipnorm is not None:
+        raise ValueError(
+            "At most one of `clipnorm` and `global_clipnorm` can be set. Received: "
+            f"clipnorm={clipnorm}, global_clipnorm={global_clipnorm}"
+        )
+    if unset.keys() - set(CLIPPING):
+        # A new optimizer: a schedule cannot take the place of a learning rate once it is a variable.
+        return type(optimizer).from_config({**optimizer.get_config(), **unset})
+    for name, value in unset.items():
+        setattr(optimizer, name, value)
+    return optimizer
+
+
+def _same(own: Any, value: Any) -> bool:
+    if hasattr(own, "get_config") and hasattr(value, "get_config"):  # Two schedules.
+        return own is value or (type(own) is type(value) and own.get_config() == value.get_config())
+    if any(hasattr(thing, "get_config") or callable(thing) for thing in (own, value)):
+        return own is value
+    return bool(np.float32(own) == np.float32(value))  # Keras keeps learning rates in float32.
+
+
+def _shown(value: Any) -> str:
+    return repr(value.numpy() if isinstance(value, tf.Variable) else value)

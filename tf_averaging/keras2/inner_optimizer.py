@@ -1,0 +1,89 @@
+# Copyright 2026 The tf_averaging Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The inner optimizer's state from a checkpoint that may have been written with another one inside."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Optional, Set, Union
+
+import tensorflow as tf
+import tf_keras
+
+from tf_averaging.saving import positions
+from tf_averaging.saving.predecessors import WithoutState
+
+Optimizer = Union[tf_keras.optimizers.Optimizer, tf_keras.optimizers.legacy.Optimizer]
+
+
+def _slot_names(optimizer: tf_keras.optimizers.legacy.Optimizer) -> Optional[Set[str]]:
+    """The names of all slots that a legacy optimizer will have; None if that cannot be found out.
+
+    It knows them only once it has variables, so a copy of it is asked.
+    """
+    try:
+        copy = type(optimizer).from_config(optimizer.get_config())
+    except (KeyError, NotImplementedError, TypeError, ValueError):
+        return None  # An optimizer of the user's whose config is not complete.
+    with tf.init_scope():
+        copy._create_all_weights([tf.Variable(0.0)])
+    return set(copy.get_slot_names())
+
+
+def restore_target(optimizer: Optimizer, position: positions.Position, is_of_predecessor: bool):
+    """What the node of an inner optimizer is to be restored into; warns of what does not fit.
+
+    Args:
+      optimizer: the inner optimizer.
+      position: the node.
+      is_of_predecessor: whether a predecessor wrote it; their inner optimizers are legacy ones.
+
+    Returns:
+      The optimizer, or if its generation is another than the file's, an object in its place.
+    """
+    is_legacy = isinstance(optimizer, tf_keras.optimizers.legacy.Optimizer)
+    children = positions.child_names(position)
+    was_legacy = is_of_predecessor or "iter" in children
+    if ("_iterations" in children) if is_legacy else was_legacy:
+        generation, remedy = ("current", "'s successor") if is_legacy else ("legacy", "")
+        warnings.warn(
+            f"The checkpoint was written with a {generation}-generation optimizer, whose state "
+            f"{optimizer} cannot take: that starts anew. The weights, the number of steps and any "
+            "averages are restored. To restore everything, use the same optimizer of "
+            f"`tf_keras.optimizers.legacy`{remedy}.",
+            stacklevel=3,
+        )
+        return WithoutState(optimizer.iterations)
+    if is_legacy:
+        expected, received = _slot_names(optimizer), positions.slot_names(position)
+        # Its settings are variables too, which are created together with the slots.
+        has_slots = bool(children - {"iter"})
+        if expected is not None and has_slots and received != expected:
+            warnings.warn(
+                f"The checkpoint was written with another optimizer inside. Expected the slots "
+                f"{sorted(expected)} of {optimizer}. Received: {sorted(received)}. Slots that go by the "
+                "same name are restored; others start anew, or are of no use here.",
+                stacklevel=3,
+            )
+    return optimizer
+
+
+def warn_of_saved_model() -> None:
+    warnings.warn(
+        "A SavedModel keeps no state of the optimizer: averages, number of steps and the inner "
+        "optimizer's variables are not in it. Save to `.keras` or with `tf.train.Checkpoint`, "
+        "which keep them; to export a model with averaged weights, save it inside "
+        "`with optimizer.swapped_weights():`.",
+        stacklevel=3,
+    )
