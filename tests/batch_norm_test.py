@@ -528,7 +528,7 @@ class TestWhileSwapped:
         raw = statistics(layer)
         with optimizer.swapped_weights():
             assert same(statistics(layer), raw)  # No other are known.
-        assert "exchanged" not in [slots.kind for slots in optimizer._averages]
+        assert "exchanged" not in [slots.kind for slots in optimizer._averages.slots.values()]
 
     def test_averaged_statistics_are_set_and_go_on_being_averaged(self):
         model, optimizer, layer = trained(tf.distribute.get_strategy(), trainable_weights_only=False)

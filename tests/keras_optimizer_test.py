@@ -107,56 +107,6 @@ def test_get_updates_in_function(module):
     np.testing.assert_allclose(average_of(optimizer, weight), average, rtol=1e-6)
 
 
-def test_get_updates_in_tf1_graph():
-    """In a graph of TF 1, where nothing runs that is not asked for, the returned operations do all."""
-    with tf.Graph().as_default(), tf.compat.v1.Session() as session:
-        weight = tf.Variable(testing_utils.BIAS)
-        optimizer = tfav.SWA(LEGACY.SGD(0.1, momentum=0.5), 1, 2)
-        loss = tf.reduce_sum(weight**2)
-        (gradient,) = optimizer.get_gradients(loss, [weight])
-        updates = optimizer.get_updates(loss, [weight])
-        average = optimizer.get_slot(weight, "average")
-        session.run(tf.compat.v1.global_variables_initializer())
-        np.testing.assert_allclose(session.run(gradient), 2 * testing_utils.BIAS, rtol=1e-6)
-        for _ in range(4):
-            session.run(updates)
-        expected, mean = expected_of_get_updates()
-        np.testing.assert_allclose(session.run(weight), expected, rtol=1e-6)
-        np.testing.assert_allclose(session.run(average), mean, rtol=1e-6)
-        assert session.run([optimizer.iterations, optimizer.num_averaged]) == [4, 2]
-
-
-def test_ema_swap_and_assign_in_tf1_graph():
-    """The average starts from the weights before the first update, also where no tensor is `== 0`."""
-    with tf.Graph().as_default(), tf.compat.v1.Session() as session:
-        weight = tf.Variable(testing_utils.BIAS)
-        optimizer = tfav.ExponentialMovingAverage(
-            LEGACY.SGD(0.25), average_decay=0.75, start_step=1, dynamic_decay=False
-        )
-        updates = optimizer.get_updates(tf.reduce_sum(weight**2), [weight])
-        swap, assign = optimizer.swap_weights(), optimizer.assign_average_vars([weight])
-        average = optimizer.get_slot(weight, "average")
-        session.run(tf.compat.v1.global_variables_initializer())
-        value = testing_utils.BIAS
-        session.run(swap)  # Nothing was averaged yet, so the average is the weights.
-        np.testing.assert_array_equal(session.run(weight), value)
-        session.run(swap)
-        for _ in range(3):
-            session.run(updates)  # Each step halves the weights; the last two are averaged.
-        mean = (0.5 * 0.75 + 0.25 * 0.25) * 0.75 + 0.125 * 0.25
-        np.testing.assert_allclose(session.run(weight), value * 0.125, rtol=1e-6)
-        np.testing.assert_allclose(session.run(average), value * mean, rtol=1e-6)
-        session.run(swap)
-        np.testing.assert_allclose(session.run(weight), value * mean, rtol=1e-6)
-        with pytest.raises(tf.errors.InvalidArgumentError, match="swap_weights"):
-            session.run(updates)
-        session.run(swap)
-        np.testing.assert_allclose(session.run(weight), value * 0.125, rtol=1e-6)
-        session.run(assign)
-        np.testing.assert_allclose(session.run([weight, average]), [value * mean] * 2, rtol=1e-6)
-        assert session.run([optimizer.iterations, optimizer.num_averaged]) == [3, 2]
-
-
 # How the inner optimizer is given, and its settings.
 
 

@@ -30,7 +30,7 @@ class Scheme(NamedTuple):
       wrap: (inner optimizer, **options) -> wrapper.
       start: first step on which an update is due.
       period: steps from one update to the next.
-      weight: (steps since start, updates so far) -> weight of the weights in the new average.
+      weight: (steps since the first update, updates so far) -> weight of the weights in the new average.
     """
 
     wrap: Callable
@@ -87,13 +87,11 @@ def expected_average(
       skipped: steps that loss scaling skipped.
       created: the first step that knew the variable.
     """
-    average = None
-    for count, step in enumerate(due_steps(scheme, len(weights) - 1, skipped)):
-        if step < created:
-            continue
-        if average is None:
-            # The average begins with the first update, or with the variable where that comes later.
-            average = as_float64(np.asarray(weights[created if count else step]))
+    due = [step for step in due_steps(scheme, len(weights) - 1, skipped) if step >= created]
+    if not due:
+        return np.asarray(weights[-1])
+    average = as_float64(np.asarray(weights[due[0]]))  # Before the first update.
+    for count, step in enumerate(due):
         now = as_float64(np.asarray(weights[step + 1]))
-        average = average + scheme.weight(step - scheme.start, count) * (now - average)
-    return np.asarray(weights[-1]) if average is None else average
+        average = average + scheme.weight(step - due[0], count) * (now - average)
+    return average

@@ -361,7 +361,7 @@ class Counting(tfav.AveragedOptimizerWrapper):
         super().__init__(optimizer, **options)
         self.seen = self.add_variable([], tf.int64, name="seen")
 
-    def averaging_weight(self, step):
+    def averaging_weight(self, steps, updates):
         return tf.constant(0.5, tf.float64)
 
 

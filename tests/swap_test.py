@@ -352,7 +352,7 @@ def test_step_between_swaps_in_one_function_is_an_error(strategy):
         step()
         optimizer.swap_weights()
 
-    with pytest.raises(tf.errors.InvalidArgumentError, match="call_swap_weights_first"):
+    with pytest.raises(tf.errors.InvalidArgumentError, match=r"Call `swap_weights\(\)` first"):
         step_while_swapped()
     assert optimizer.weights_swapped
     assert (weight.numpy(), optimizer.get_average(weight).numpy()) == (3.5, 3.5)
@@ -383,7 +383,7 @@ for dtype in ("float32", "float16"):
         try:
             train_and_evaluate()
         except tf.errors.InvalidArgumentError as error:
-            seen.append("call_swap_weights_first" in str(error))
+            seen.append("Call `swap_weights()` first" in str(error))
     print(*seen, float(weight))
 """
 

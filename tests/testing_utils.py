@@ -107,7 +107,8 @@ def averaging(optimizer) -> tfav.AveragedOptimizerWrapper:
 
 
 def count_as(optimizer, updates: int) -> None:
-    """Sets the number of updates that the averages hold."""
+    """Makes the averages, which hold at least one update, hold this many."""
+    optimizer.update_average()
     optimizer.set_weights(
         [np.int64(updates) if "num_averaged" in v.name else v.numpy() for v in optimizer.variables]
     )

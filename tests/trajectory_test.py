@@ -275,8 +275,10 @@ def test_a_schedule_is_asked_for_exact_steps(far):
     optimizer = tfav.ExponentialMovingAverage(
         CURRENT.SGD(1.0), average_decay=schedule, start_step=3, average_period=2
     )
+    variable = trained_variable(optimizer, steps=4)  # The first update is that of step 3.
     optimizer.iterations.assign(far + 3)
-    trained_variable(optimizer, steps=4)
+    schedule.steps.clear()
+    testing_utils.descend(optimizer, [variable], steps=4)
     assert schedule.steps == [s for s in range(far, far + 4) if s % 2 == 0]
 
 

@@ -97,7 +97,7 @@ def assert_holds(case, model, expected, exactly=True):
     assert state.keys() == expected.keys()
     for name, value in expected.items():
         if exactly or value.dtype.kind != "f":
-            testing_utils.assert_same_bits(state[name], value, name)
+            testing_utils.assert_same_bits([state[name]], [value], name)
         else:
             tolerance = 1e-2 if "float16" in case.options else 1e-3
             np.testing.assert_allclose(state[name], value, rtol=tolerance, atol=tolerance, err_msg=name)
@@ -118,9 +118,8 @@ def assert_averages_are_slots(case, model):
     optimizer = cases.averaging(model)
     for variable in cases.averaged(case, model):
         slot = optimizer.get_slot(variable, "average")
-        testing_utils.assert_same_bits(
-            slot.numpy(), optimizer.get_average(variable).numpy(), variable.name
-        )
+        average = optimizer.get_average(variable)
+        testing_utils.assert_same_bits([slot.numpy()], [average.numpy()], variable.name)
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ import tf_keras
 
 import tf_averaging as tfav
 from tests import numpy_averages
-from tf_averaging import average_ops
+from tf_averaging.core import variables as core_variables
 
 STEPS = 5
 EXACT_STEPS = 3
@@ -173,7 +173,7 @@ class Counting(tfav.AveragedOptimizerWrapper):
 class Half(tfav.AveragedOptimizerWrapper):
     """Each update takes the average half of the way to the weights."""
 
-    def averaging_weight(self, step):
+    def averaging_weight(self, steps, updates):
         return tf.constant(0.5, tf.float64)
 
 
@@ -451,7 +451,9 @@ def this_process_knows_its_own_device(strategy):
 
 
 def is_remote(device) -> bool:
-    return average_ops.is_remote(average_ops.Component(None, tf.float32, tf.TensorShape([]), device))
+    return core_variables.is_remote(
+        core_variables.Component(None, tf.float32, tf.TensorShape([]), device)
+    )
 
 
 def _inner_graphs(graph):
