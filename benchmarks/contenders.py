@@ -11,12 +11,12 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Who is measured: an optimizer alone, ours, and what a user would pick instead.
+"""What is measured: a bare optimizer, the optimizers of this package, and the alternatives.
 
-Each contender takes steps on given variables with given gradients. All take the step of the same plain
-SGD, so that what they add to it is the averaging. The formulas of TensorFlow Addons' and TensorFlow
-Models' averages, which do not run beside this TensorFlow, are written out here as those compute them:
-one variable after the other, in plain operations.
+Each contender takes steps on given variables with given gradients. All of them take the step of plain
+SGD, so what they add to it is the averaging. TensorFlow Addons and TensorFlow Models do not run with this
+TensorFlow. Their formulas are written out here as they compute them: one variable after the other, in
+plain operations.
 """
 
 import functools
@@ -46,9 +46,9 @@ class Contender:
 
     Args:
       optimizer: anything with `apply_gradients`.
-      variables: to be trained.
+      variables: the variables to train.
       gradients: one for each variable.
-      strategy: on whose replicas the step runs; None for none.
+      strategy: the strategy whose replicas run the step; None for none.
 
     Attributes:
       step: takes one training step.
@@ -148,7 +148,7 @@ class Keras3(Contender):
 
 
 def bare_of(name: str) -> str:
-    """The contender without averages to compare with."""
+    """The name of the bare optimizer to compare with."""
     return names.BARE_KERAS_3 if name in (names.BARE_KERAS_3, names.KERAS_3) else names.BARE
 
 
@@ -160,9 +160,9 @@ def _in_scope(strategy, make):
 def makers(
     variables: List[tf.Variable], gradients: list, peers: Sequence[str], strategy=None
 ) -> Dict[str, Callable]:
-    """Functions that make ours, these peers, and the optimizers alone that each is compared with.
+    """Functions that make our contenders, these peers, and the bare optimizers to compare them with.
 
-    Under a strategy only those that run there.
+    Under a strategy, only those that run there.
     """
     here = (variables, gradients, strategy)
     makers = {

@@ -46,7 +46,7 @@ def model_of(library):
 
 
 def train_step_of(library, optimizer):
-    """One call of what `fit` calls for each batch."""
+    """A function that takes one step, as `fit` does for each batch."""
     model = model_of(library)
     loss = library.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile(optimizer, loss, **({} if library is tf_keras else {"jit_compile": False}))
@@ -59,7 +59,7 @@ def train_step_of(library, optimizer):
 
 
 def measure(seconds: float, quick: bool) -> Dict[str, object]:
-    """Times the steps of all contenders in turns."""
+    """Times the steps of all contenders, taking turns."""
     momentum = {"learning_rate": contenders.LEARNING_RATE, "momentum": 0.9}
 
     def ours(cls, **options):

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Many steps: whether they stay as fast, and the memory as small, as they were at the beginning."""
+"""Many steps: whether time and memory stay what they were at the beginning."""
 
 import time
 from typing import Dict

@@ -74,9 +74,10 @@ def measure_workload(name: str) -> Dict[str, object]:
 
 
 def swa_beside_bare(makers: Dict[str, Callable], least: int) -> Dict[str, object]:
-    """What SWA adds, which between snapshots is less than two optimizers made alike differ by.
+    """What SWA adds to the bare optimizer.
 
-    So there are several of both, in many rounds without the others; in `least` rounds at the least.
+    Between snapshots that is less than the difference between two equal optimizers. So several of both
+    are compared, in many rounds without the others, and in no fewer than `least`.
     """
     both = (names.BARE, names.SWA)
     made = [{name: makers[name]() for name in both} for _ in range(1 if FLAGS.quick else INSTANCES)]
@@ -87,10 +88,10 @@ def swa_beside_bare(makers: Dict[str, Callable], least: int) -> Dict[str, object
 
 
 def steps_and_added(times: Dict[str, np.ndarray], bare_of: Callable[[str], str]) -> Dict[str, object]:
-    """Time of a step, and what the contender adds to the step of its bare optimizer beside it.
+    """Time of a step, and what the contender adds to the step of its bare optimizer in the same round.
 
     Args:
-      times: from `timing.in_turns`; or several of each name, with the rounds as the last axis.
+      times: from `timing.in_turns`; or several for each name, with the rounds as the last axis.
       bare_of: the name of the bare optimizer to compare with.
     """
     result = {}
@@ -108,7 +109,7 @@ def steps_and_added(times: Dict[str, np.ndarray], bare_of: Callable[[str], str])
 
 
 def exchanges(made: Dict[str, contenders.Contender]) -> Dict[str, object]:
-    """Time of one exchange of weights and averages. Every contender makes an even number of them."""
+    """Time of one swap of weights and averages. Every contender makes an even number of swaps."""
     calls = {name: one.swap for name, one in made.items() if one.swap is not None}
     twice = {name: (lambda swap=swap: (swap(), swap())) for name, swap in calls.items()}
     times = timing.in_turns(twice, FLAGS.seconds / 4, least=5, most=50)
@@ -123,7 +124,7 @@ def assignments(made: Dict[str, contenders.Contender]) -> Dict[str, object]:
 
 
 def memory(made: Dict[str, contenders.Contender]) -> Dict[str, object]:
-    """Bytes needed in passing: by a step beside the bare optimizer's, by a swap, by an assignment."""
+    """Temporary memory in bytes: of an update, a swap and an assignment."""
     bare = {name: timing.extra_memory(one.step) for name, one in made.items()}
     result = {}
     for name, one in made.items():
@@ -142,7 +143,7 @@ def memory(made: Dict[str, contenders.Contender]) -> Dict[str, object]:
 
 
 def first_steps(makers: Dict[str, Callable]) -> Dict[str, object]:
-    """Seconds from a new optimizer to the end of its first step: tracing, and what is compiled."""
+    """Time from a new optimizer to the end of its first step, with tracing and compilation."""
     seconds = {name: [] for name in makers}
     for _ in range(1 if FLAGS.quick else 2):
         for name, make in makers.items():

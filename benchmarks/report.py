@@ -40,7 +40,7 @@ def markdown(runs: Dict[str, List]) -> str:
 
 
 def median_of(figures: List):
-    """The medians of numbers, or of all the numbers in dictionaries that are built alike."""
+    """The median of numbers, or of each number in dictionaries of the same structure."""
     if isinstance(figures[0], dict):
         return {key: median_of([one[key] for one in figures]) for key in figures[0]}
     if all(one == figures[0] for one in figures):
@@ -49,7 +49,7 @@ def median_of(figures: List):
 
 
 def targets(runs: Dict[str, List]) -> str:
-    """What the project has set itself, and what is measured: the median of what each process shows."""
+    """The project's targets, and what was measured: the median over the processes."""
     measured: Dict[str, List[float]] = {}
     bounds = {}
     for name, figures in runs.items():
@@ -65,7 +65,7 @@ def targets(runs: Dict[str, List]) -> str:
 
 
 def ratios(name: str, figures: Dict) -> Dict[str, Tuple[float, float]]:
-    """By name, each ratio that one process shows of a workload, and its upper bound."""
+    """The ratios of a workload in one process, by name, each with its upper bound."""
 
     def added(contender: str = names.EMA) -> float:
         return figures["steps"][contender]["added"]["median_ms"]
@@ -123,7 +123,7 @@ def best_peer(figures: Dict) -> float:
 
 
 def with_ratios(figures: Dict) -> Dict:
-    """The figures of one process, with what each contender adds beside the best peer and the limit."""
+    """The figures of one process, with what each adds relative to the best peer and the limit."""
     peer = best_peer(figures)
     limit = figures.get("limit", {}).get("median_ms")
     steps = {}
@@ -139,7 +139,7 @@ def with_ratios(figures: Dict) -> Dict:
 
 
 def workload(name: str, figures: Dict, processes: int) -> str:
-    """The table of one workload, medians over so many processes."""
+    """The table of one workload: medians over this many processes."""
     rows = []
     for contender, step in figures["steps"].items():
         if contender == names.SWA:
@@ -169,7 +169,7 @@ def workload(name: str, figures: Dict, processes: int) -> str:
 
 
 def row(label: str, contender: Optional[str], added: Optional[Dict], figures: Dict) -> List[str]:
-    """One contender's row; `contender` is None in a second row of the same one."""
+    """One contender's row; `contender` is None in its second row."""
 
     def median(what: str, digits: int = 2, unit: float = 1.0) -> str:
         found = figures.get(what, {}).get(contender)
@@ -191,7 +191,7 @@ def row(label: str, contender: Optional[str], added: Optional[Dict], figures: Di
 
 
 def long_run(figures: Dict) -> str:
-    """What changes in many steps."""
+    """What changes over many steps."""
     return (
         f"### {figures['steps']:,} steps\n\n"
         f"Median of the first tenth {figures['first_tenth_ms']:.3f} ms, of the last, with `iterations` "

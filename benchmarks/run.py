@@ -11,10 +11,10 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Measures everything and says so in Markdown and JSON: `make benchmark`.
+"""Measures everything, and writes the results as Markdown and JSON: `make benchmark`.
 
-Each workload has processes of its own. In each of them all contenders take their steps in turns, so that
-whatever else the machine does slows all of them alike.
+Each workload runs in its own processes. In each, all contenders take their steps in turns, so that
+anything else the machine does slows all of them alike.
 """
 
 import json
@@ -60,7 +60,7 @@ def measure(names: List[str]) -> Dict:
 
 
 def import_seconds() -> List[float]:
-    """What `import tf_averaging` takes after `import tf_keras`, in new processes."""
+    """The time of `import tf_averaging` after `import tf_keras`, in new processes."""
     code = (
         "import time, tensorflow, tf_keras; tf_keras.Model; start = time.perf_counter(); "
         "import tf_averaging; print(time.perf_counter() - start)"

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""How the time of an update grows with the number of parameters, and of variables: figures."""
+"""How the time of an update grows with the number of parameters and of variables."""
 
 from typing import Dict, List
 
@@ -28,7 +28,7 @@ MOST_FOR_PLAIN_OPERATIONS = 300_000_000
 
 
 def updates(shapes: List[tuple]) -> Dict[str, object]:
-    """Updates alone, without a training step, on the same variables."""
+    """Functions that update averages of the same variables, without a training step."""
     variables = [tf.Variable(tf.ones(shape)) for shape in shapes]
     optimizer = tfav.ExponentialMovingAverage("sgd")
     optimizer.shadow_copy(variables)

@@ -11,9 +11,10 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""How things are measured: in turns, so that whatever slows the machine down slows all alike.
+"""How things are measured: in turns, so that anything that slows the machine slows all of them alike.
 
-Each round has an order of its own: it is not always the same other call that leaves the caches to one.
+Each round has a new order, so that a call does not always find the caches as the same other call left
+them.
 """
 
 import concurrent.futures
@@ -32,12 +33,12 @@ def in_turns(
 
     Args:
       calls: what to time, by name.
-      seconds: how long to go on, in all.
-      least: the least number of rounds, however long they take.
-      most: the largest number of rounds, however short they are.
+      seconds: how long to go on in total.
+      least: the minimum number of rounds, however long they take.
+      most: the maximum number of rounds, however short they are.
 
     Returns:
-      For each name the seconds that its call took, in the order of the rounds.
+      For each name, the seconds that its call took, in the order of the rounds.
     """
     for call in calls.values():
         call()
@@ -61,10 +62,10 @@ def spread(seconds: np.ndarray) -> Dict[str, float]:
 
 
 class MemoryLimit:
-    """The fastest that this machine reads two arrays and writes one back, with all its cores.
+    """The fastest way for this machine to read two arrays and write one back, on all its cores.
 
     Args:
-      megabytes: size of each of the two arrays; they should not fit into a cache.
+      megabytes: size of each of the two arrays; larger than the caches.
     """
 
     def __init__(self, megabytes: int):
@@ -81,7 +82,7 @@ class MemoryLimit:
 
 
 def extra_memory(call: Callable[[], object], repeats: int = 3) -> int:
-    """The bytes that a call takes from TensorFlow's allocator at its peak, beside what was there."""
+    """The bytes that a call takes from TensorFlow's allocator at its peak, beyond those in use before."""
     call()
     peaks = []
     for _ in range(repeats):

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The variables, and their gradients, of the models that are measured."""
+"""The variables and gradients of the models that are measured."""
 
 import dataclasses
 from typing import Dict, List, Tuple
@@ -29,11 +29,11 @@ class Workload:
     """What is trained.
 
     Attributes:
-      shapes: of the variables.
-      dtype: of the variables.
+      shapes: shapes of the variables.
+      dtype: their dtype.
       sparse_rows: the number of rows of a variable that a gradient reaches; 0 for all.
-      replicas: on how many devices of a MirroredStrategy.
-      peers: with whom to compare; all of them together must fit into memory.
+      replicas: the number of devices of a MirroredStrategy.
+      peers: the contenders to compare with; all of them together must fit into memory.
     """
 
     shapes: List[Shape]
@@ -48,12 +48,12 @@ class Workload:
 
     @property
     def averaged_bytes(self) -> int:
-        """The averages are float32 throughout."""
+        """The size of the averages, which are always float32."""
         return 4 * self.elements * self.replicas
 
     @property
     def moved_bytes(self) -> int:
-        """What one update must move at the least: each weight in, each average in and out."""
+        """What one update must move at least: each weight in, each average in and out."""
         return (tf.as_dtype(self.dtype).size + 2 * 4) * self.elements * self.replicas
 
     def variables(self) -> List[tf.Variable]:
@@ -90,7 +90,7 @@ def resnet_50() -> List[Shape]:
 
 
 def transformer(layers: int, width: int, vocabulary: int) -> List[Shape]:
-    """An embedding and blocks of attention and a four times wider feed-forward layer, with biases."""
+    """An embedding, and blocks of attention and a feed-forward layer of four times the width."""
     block = [(width,), (width,)]
     block += [(width, 3 * width), (3 * width,), (width, width), (width,), (width,), (width,)]
     block += [(width, 4 * width), (4 * width,), (4 * width, width), (width,)]
