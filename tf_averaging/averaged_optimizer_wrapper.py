@@ -328,7 +328,7 @@ class AveragedOptimizerWrapper:
 
     def __getattr__(self, name: str):
         # For what is not found in the usual way: the inner optimizer's settings.
-        if name.startswith("_"):
+        if name.startswith("_") or name == "inner_optimizer":
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         return getattr(self.inner_optimizer, name)
 

@@ -77,19 +77,22 @@ def finish(work: Callable[[], None]) -> None:
         work()
         return
     failed: List[BaseException] = []
+    done = threading.Event()  # An interrupted `join` takes a running thread for a stopped one.
 
     def do() -> None:
         try:
             work()
         except BaseException as error:  # Raised below, in the thread of the caller.
             failed.append(error)
+        finally:
+            done.set()
 
     thread = threading.Thread(target=do)
     interrupted = None
     thread.start()
-    while thread.is_alive():
+    while not done.is_set():
         try:
-            thread.join()
+            done.wait()
         except KeyboardInterrupt as interrupt:
             interrupted = interrupt
     for error in failed or ([interrupted] if interrupted else []):

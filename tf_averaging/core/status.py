@@ -171,7 +171,8 @@ class Status:
         if not self._unplaced:
             return
         values = np.array(list(self._unplaced.values()), np.int64).T
-        clocks = core_variables.create_like(self.count, lambda: tf.constant(values), "clocks")
+        name = f"clocks_{len(self._batches)}"  # `.h5` files need names that differ.
+        clocks = core_variables.create_like(self.count, lambda: tf.constant(values), name)
         self._batches.append(_Batch(list(self._unplaced), clocks))
         self._unplaced = VariableMap()
 
