@@ -213,7 +213,7 @@ class Averages:
         """
         if not self.averaged():
             return []
-        empty = tf.equal(self.status.updates(), 0)
+        empty = self.status.empty()
         stale = tf.logical_and(tf.reduce_any(empty), tf.logical_not(self.is_swapped()))
         if not tf.executing_eagerly():
             return self.copy_weights(empty, stale)

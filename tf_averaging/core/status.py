@@ -208,6 +208,12 @@ class Status:
             count = core_variables.read_here(self.count)
             return tf.where(began < 0, tf.zeros([], tf.int64), tf.maximum(count - joined, 0))
 
+    def empty(self) -> tf.Tensor:
+        """Which averages hold no updates: bool vector."""
+        with self._device():
+            began, joined = self._clocks()
+            return tf.logical_or(began < 0, tf.equal(joined, core_variables.read_here(self.count)))
+
     def steps(self, step: tf.Tensor) -> tf.Tensor:
         """For each average how many steps before `step` (scalar int64 tensor) it began: int64 vector."""
         with self._device():

@@ -169,7 +169,7 @@ class Updates:
           What the step must wait for.
         """
         status = self.averages.status
-        empty = tf.equal(status.updates(), 0)
+        empty = status.empty()
         begins = tf.logical_and(due, tf.reduce_any(empty))
         if tf.executing_eagerly() and not begins:
             return []
@@ -185,7 +185,7 @@ class Updates:
         pairs, places = self.averages.pairs()
         copied = []
         if copies:
-            empty = for_each_pair(tf.equal(self.averages.status.updates(), 0), places)
+            empty = for_each_pair(self.averages.status.empty(), places)
             copied = fold.copy_chosen(pairs, tf.cast(empty, tf.float64))
         with after(*copied):
             return self.averages.status.start_empty(step)
