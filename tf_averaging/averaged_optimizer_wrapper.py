@@ -101,8 +101,10 @@ class AveragedOptimizerWrapper:
         if not isinstance(name, str):
             raise TypeError(f"Expected `name` to be a string. Received: name={name!r}")
         averages = Averages(average_dtype, jit_compile)
+        unclaimed = Unclaimed(averages)
         updates = Updates(
             averages,
+            unclaimed.check,
             core_variables.VariableSelection(trainable_weights_only, self._tf_variables),
             checked_count("start_averaging", start_averaging, minimum=0),
             checked_count("average_period", average_period, minimum=1),
@@ -111,9 +113,7 @@ class AveragedOptimizerWrapper:
         )
         inner = faces.inner_optimizer(type(self), optimizer, settings)
         super().__init__(inner, name)  # type: ignore[call-arg]
-        self._averages = averages
-        self._updates = updates
-        self._unclaimed = Unclaimed(averages)
+        self._averages, self._updates, self._unclaimed = averages, updates, unclaimed
         self._is_ready = True
 
     # What a subclass defines.
@@ -165,6 +165,7 @@ class AveragedOptimizerWrapper:
             expected = "Expected a model or a list of variables."
             variables = self._checked_variables(model_or_variables, expected)
             self._averages.add(selection.fix(variables))
+            self._averages.order(selection.in_order())
 
     @property
     def has_shadow_copy(self) -> bool:
@@ -265,8 +266,7 @@ class AveragedOptimizerWrapper:
 
     def _check_has_averages(self, method: str) -> None:
         check_program_order()
-        if self._unclaimed.saved:
-            self._unclaimed.raise_error()
+        self._unclaimed.check()
         if not self._averages:
             raise ValueError(
                 f"`{method}` needs averages, and none exist yet. Expected a training step or "

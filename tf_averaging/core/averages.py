@@ -120,7 +120,7 @@ class Averages:
     def create(self, selection: core_variables.VariableSelection) -> None:
         """Creates the averages that are wanted and missing."""
         check_program_order()
-        if self.add(selection.wanted()):
+        if self.add(selection.wanted()) or (self.status is not None and self.status.has_unplaced()):
             self.order(selection.in_order())
 
     def create_status(self, like: Optional[tf.Variable]) -> Status:
@@ -155,14 +155,14 @@ class Averages:
         return self.average_dtype_of(dtype) != dtype
 
     def keep_only(self, variables: Iterable[tf.Variable]) -> None:
-        """Forgets the averages of all other variables."""
+        """Forgets the averages of all other variables; a ValueError if a traced step needs them."""
         kept = VariableMap((v, self.slots[v]) for v in variables if v in self.slots)
-        self.slots = VariableMap((v, s) for v, s in self.slots.items() if v in kept)
         if self.status is not None:
-            self.status.keep_only(self.slots)
+            self.status.keep_only(kept)
+        self.slots = VariableMap((v, s) for v, s in self.slots.items() if v in kept)
 
     def order(self, variables: Iterable[tf.Variable]) -> None:
-        """Gives clocks that have no place yet the order of these variables, which come first.
+        """Gives clocks that have no place yet one, in the order of these variables, which come first.
 
         What is saved by position must depend on the model alone, and not on the order in which a restore
         happened to create the averages.
@@ -176,7 +176,7 @@ class Averages:
 
     def are_shared_by_replicas(self) -> bool:
         """Whether the replicas of the context have one set of averages between them."""
-        return self.status is not None and core_variables.is_shared_by_replicas(self.status.count)
+        return self.status is not None and core_variables.is_shared_by_replicas(self.status.first_step)
 
     def once(self, work: Callable[[], Value]) -> Value:
         """Calls `work` here, or once for all replicas where they share the averages."""
@@ -213,7 +213,7 @@ class Averages:
         """
         if not self.averaged():
             return []
-        empty = self.status.empty()
+        empty = tf.equal(self.status.updates(), 0)
         stale = tf.logical_and(tf.reduce_any(empty), tf.logical_not(self.is_swapped()))
         if not tf.executing_eagerly():
             return self.copy_weights(empty, stale)
@@ -257,22 +257,17 @@ class Averages:
             slots.stash.assign(tf.cast(stash, slots.stash.dtype))
         self.status.set_clock(slots.variable, clock)
 
-    def set_status(
-        self, updates: int, swapped: bool, first_step: int, like: Optional[tf.Variable] = None
-    ) -> None:
-        """Sets the count, the flag and the first step (eager mode), on all replicas.
+    def set_status(self, swapped: bool, first_step: int, like: Optional[tf.Variable] = None) -> None:
+        """Sets the flag and the first step (eager mode), on all replicas.
 
         Args:
-          updates: see `Status`, as for those that follow.
-          swapped: bool.
+          swapped: see `Status`.
           first_step: int.
           like: where the status lives if there is none yet; None leaves it so.
         """
         self.begin(first_step)
         if self.status is not None or like is not None:
-            status = self.create_status(like)
-            core_variables.assign_everywhere(status.count, tf.constant(updates, tf.int64))
-            status.set_swapped_everywhere(swapped)
+            self.create_status(like).set_swapped_everywhere(swapped)
 
     # Exchanging.
 

@@ -80,30 +80,28 @@ class Clock(NamedTuple):
 
     Attributes:
       began: the step of its first update, counted from 0; `NOT_SET` if it holds none.
-      joined: how many updates had been made in all before its first one.
+      updates: how many updates it holds.
     """
 
     began: int = NOT_SET
-    joined: int = NOT_SET
+    updates: int = 0
 
 
 class _Batch(NamedTuple):
-    """Variables that came together. `clocks` has shape [2, variables]: `began` above `joined`."""
+    """Variables that came together. `clocks` has shape [2, variables]: `began` above `updates`."""
 
-    variables: List[tf.Variable]
+    places: VariableMap[int]
     clocks: tf.Variable
 
 
 class Status:
-    """The clocks of the averages, the count of updates, and the flag that says whether they are swapped.
+    """The clocks of the averages, and the flag that says whether they are swapped.
 
     A step knows which variables it averages when it is traced, but not their clocks, which a restore may
     change. Therefore clocks are values of variables: one vector for all variables that came before a step
-    needed them, another for those that came later.
+    needed them, another for those that came later, which that step does not know.
 
     Attributes:
-      count: how many updates were made in all: int64 scalar. It is not what one average holds, which may
-        have joined later.
       first_step: a start that was set by `begin`, or `NOT_SET`: int64 scalar.
       swapped: whether averages and weights are exchanged: bool scalar.
       guard: bool vector, of length 1 while they are and 0 otherwise. XLA drops assertions, but checks
@@ -113,7 +111,6 @@ class Status:
 
     def __init__(self, like: tf.Variable, first_step: int = NOT_SET):
         """Creates the variables where `like` lives."""
-        self.count = core_variables.create_like(like, lambda: tf.zeros([], tf.int64), "num_averaged")
         self.first_step = core_variables.create_like(
             like, lambda: tf.constant(first_step, tf.int64), "first_step"
         )
@@ -121,7 +118,7 @@ class Status:
         self.guard: Optional[tf.Variable] = None
         self.section: Optional[tf.CriticalSection] = None
         if core_variables.is_on_parameter_server(core_variables.components(like)[0]):
-            self.section = core_variables.create_section(self.count)
+            self.section = core_variables.create_section(self.first_step)
         else:
             self.guard = core_variables.create_like(
                 like, lambda: tf.zeros([0], tf.bool), "guard", shape=tf.TensorShape([None])
@@ -137,19 +134,32 @@ class Status:
         self._unplaced[variable] = Clock()
 
     def order(self, variables: Iterable[tf.Variable]) -> None:
-        """Puts these variables first, in this order, unless a traced step knows the order already."""
-        known = VariableMap(
-            (v, None) for v in [*([] if self._is_traced else self._placed()), *self._unplaced]
-        )
+        """Gives all variables a place, these first, unless a traced step knows another order."""
+        placed = [] if self._is_traced else self._placed()
+        known = VariableMap((variable, None) for variable in [*placed, *self._unplaced])
         wanted = VariableMap((v, None) for v in [*(v for v in variables if v in known), *known])
-        if list(map(id, wanted)) != list(map(id, known)):
+        in_one_batch = not placed or (len(self._batches) == 1 and not self._unplaced)
+        if not in_one_batch or list(map(id, wanted)) != list(map(id, known)):
             clocks = [(variable, self.clock(variable)) for variable in wanted]
             self._batches = self._batches if self._is_traced else []
             self._unplaced = VariableMap(clocks)
+        self._place()
+
+    def has_unplaced(self) -> bool:
+        """Whether there are variables that `order` has not seen."""
+        return len(self._unplaced) > 0
 
     def keep_only(self, variables: VariableMap) -> None:
         """Forgets the clocks of all others."""
-        kept = [(v, self.clock(v)) for v in [*self._placed(), *self._unplaced] if v in variables]
+        known = [*self._placed(), *self._unplaced]
+        kept = [(variable, self.clock(variable)) for variable in known if variable in variables]
+        if len(kept) == len(known):
+            return
+        if self._is_traced:
+            raise ValueError(
+                "A step that was traced before averages more variables than the file has averages for. "
+                "Load the file into a new optimizer, before it is trained."
+            )
         self._batches, self._unplaced = [], VariableMap(kept)
 
     def variables(self) -> List[tf.Variable]:
@@ -163,7 +173,7 @@ class Status:
         return [batch.clocks for batch in self._batches]
 
     def _placed(self) -> List[tf.Variable]:
-        return [variable for batch in self._batches for variable in batch.variables]
+        return [variable for batch in self._batches for variable in batch.places]
 
     def _place(self) -> None:
         """Gives the variables that are new since the last call a place in a vector."""
@@ -172,17 +182,22 @@ class Status:
             return
         values = np.array(list(self._unplaced.values()), np.int64).T
         name = f"clocks_{len(self._batches)}"  # `.h5` files need names that differ.
-        clocks = core_variables.create_like(self.count, lambda: tf.constant(values), name)
-        self._batches.append(_Batch(list(self._unplaced), clocks))
+        clocks = core_variables.create_like(self.first_step, lambda: tf.constant(values), name)
+        places = VariableMap((variable, place) for place, variable in enumerate(self._unplaced))
+        self._batches.append(_Batch(places, clocks))
         self._unplaced = VariableMap()
 
     def clock(self, variable: tf.Variable) -> Clock:
         """The clock of one variable (eager mode)."""
         if variable in self._unplaced:
             return self._unplaced[variable]
+        return Clock(*map(int, self.clock_value(variable).numpy()))
+
+    def clock_value(self, variable: tf.Variable) -> tf.Tensor:
+        """The same as an int64 tensor of shape [2]."""
+        self._place()
         clocks, place = self._place_of(variable)
-        value = core_variables.read(core_variables.all_components(clocks)[0]).numpy()
-        return Clock(*map(int, value[:, place]))
+        return core_variables.read(core_variables.all_components(clocks)[0])[:, place]
 
     def set_clock(self, variable: tf.Variable, clock: Clock) -> None:
         """Sets the clock of one variable, on all replicas (eager mode)."""
@@ -196,67 +211,61 @@ class Status:
 
     def _place_of(self, variable: tf.Variable) -> Tuple[tf.Variable, int]:
         for batch in self._batches:
-            places = VariableMap((v, place) for place, v in enumerate(batch.variables))
-            if variable in places:
-                return batch.clocks, places[variable]
+            if variable in batch.places:
+                return batch.clocks, batch.places[variable]
         raise KeyError(f"Variable {variable.name!r} has no average.")
 
     def updates(self) -> tf.Tensor:
         """How many updates each average holds: int64 vector."""
-        with self._device():
-            began, joined = self._clocks()
-            count = core_variables.read_here(self.count)
-            return tf.where(began < 0, tf.zeros([], tf.int64), tf.maximum(count - joined, 0))
-
-    def empty(self) -> tf.Tensor:
-        """Which averages hold no updates: bool vector."""
-        with self._device():
-            began, joined = self._clocks()
-            return tf.logical_or(began < 0, tf.equal(joined, core_variables.read_here(self.count)))
+        return self._clocks()[1]
 
     def steps(self, step: tf.Tensor) -> tf.Tensor:
         """For each average how many steps before `step` (scalar int64 tensor) it began: int64 vector."""
-        with self._device():
-            began, _ = self._clocks()
+        began = self._clocks()[0]
+        with self.device():
             return tf.where(began < 0, tf.zeros([], tf.int64), tf.maximum(step - began, 0))
 
-    def _clocks(self) -> Tuple[tf.Tensor, tf.Tensor]:
-        vectors = [core_variables.read_here(clocks) for clocks in self.clock_variables()]
-        began, joined = tf.unstack(vectors[0] if len(vectors) == 1 else tf.concat(vectors, axis=1))
-        return began, joined
+    def _clocks(self) -> List[tf.Tensor]:
+        with self.device():
+            vectors = [core_variables.read_here(clocks) for clocks in self.clock_variables()]
+            return tf.unstack(vectors[0] if len(vectors) == 1 else tf.concat(vectors, axis=1))
 
-    def _device(self):
+    def device(self):
         """Where the clocks are: on a parameter server nothing is sent to the worker."""
-        return tf.device(core_variables.components(self.count)[0].device)
+        return tf.device(core_variables.components(self.first_step)[0].device)
 
     def start_empty(self, step: tf.Tensor) -> list:
         """Starts the clocks of the averages that hold nothing yet at `step` (scalar int64 tensor)."""
         operations = []
-        with self._device():
-            count = core_variables.read_here(self.count)
+        with self.device():
             for clocks in self.clock_variables():
-                began, joined = tf.unstack(core_variables.read_here(clocks))
-                empty = tf.logical_or(began < 0, tf.equal(joined, count))
-                started = tf.stack([tf.where(empty, step, began), tf.where(empty, count, joined)])
+                began, updates = tf.unstack(core_variables.read_here(clocks))
+                started = tf.stack([tf.where(tf.equal(updates, 0), step, began), updates])
                 operations += core_variables.assign_here(clocks, started)
         return operations
 
-    def is_counting(self) -> tf.Tensor:
-        """Whether the count is 0 or more, as it always is: scalar bool tensor."""
-        return core_variables.read_here(self.count) >= 0
+    def is_valid(self) -> tf.Tensor:
+        """True, which TensorFlow cannot know before it runs: scalar bool tensor."""
+        return core_variables.read_here(self.first_step) >= NOT_SET
 
     def add_updates(self, number: tf.Tensor) -> list:
-        """Adds to the count (scalar int64 tensor); returns the operations."""
-        return [core_variables.add(c, number) for c in core_variables.components(self.count)]
+        """Adds to the updates of all averages (scalar int64 tensor); returns the operations."""
+        operations = []
+        with self.device():
+            for batch in self._batches:
+                added = tf.constant([[0] * len(batch.places), [1] * len(batch.places)], tf.int64) * number
+                operations += [
+                    core_variables.add(c, added) for c in core_variables.components(batch.clocks)
+                ]
+        return operations
 
     def forget_all(self) -> None:
         """Sets everything to what it is before the first update (eager mode)."""
-        core_variables.assign_everywhere(self.count, tf.zeros([], tf.int64))
         self.set_swapped_everywhere(False)
         for variable in self._unplaced:
             self._unplaced[variable] = Clock()
         for batch in self._batches:
-            core_variables.assign_everywhere(batch.clocks, tf.fill(batch.clocks.shape, NOT_SET))
+            core_variables.assign_everywhere(batch.clocks, np.array([Clock()] * len(batch.places)).T)
 
     # The start.
 

@@ -36,6 +36,7 @@ class Updates:
 
     Attributes:
       averages: what is updated.
+      check: called before a step; raises if it must not be taken yet.
       selection: which variables have averages.
       start: the first step on which an update is due, unless the averages know another one.
       period: the number of steps from one update to the next.
@@ -47,6 +48,7 @@ class Updates:
     """
 
     averages: Averages
+    check: Callable[[], None]
     selection: VariableSelection
     start: int
     period: int
@@ -75,6 +77,7 @@ class Updates:
           What `take_step` returns.
         """
         check_program_order()
+        self.check()
         with tf.init_scope():
             self.selection.train(variables)
             self.averages.create(self.selection)
@@ -169,7 +172,7 @@ class Updates:
           What the step must wait for.
         """
         status = self.averages.status
-        empty = status.empty()
+        empty = tf.equal(status.updates(), 0)
         begins = tf.logical_and(due, tf.reduce_any(empty))
         if tf.executing_eagerly() and not begins:
             return []
@@ -185,7 +188,7 @@ class Updates:
         pairs, places = self.averages.pairs()
         copied = []
         if copies:
-            empty = for_each_pair(self.averages.status.empty(), places)
+            empty = for_each_pair(tf.equal(self.averages.status.updates(), 0), places)
             copied = fold.copy_chosen(pairs, tf.cast(empty, tf.float64))
         with after(*copied):
             return self.averages.status.start_empty(step)
@@ -207,9 +210,10 @@ class Updates:
         pairs, places = averages.pairs()
 
         def weights() -> tf.Tensor:
-            updates = status.updates()
-            weight = _checked_weight(averaging_weight(status.steps(step), updates), updates.shape)
-            return for_each_pair(tf.broadcast_to(weight, tf.shape(updates)), places)
+            with status.device():
+                updates = status.updates()
+                weight = _checked_weight(averaging_weight(status.steps(step), updates), updates.shape)
+                return for_each_pair(tf.broadcast_to(weight, tf.shape(updates)), places)
 
         def new_value(place, value, average) -> tf.Tensor:
             self.weight = lambda: weights()[place]
@@ -248,7 +252,7 @@ class Updates:
             way = tf.where(tf.reduce_any(tf.equal(chosen, 1.0)), 2, 1)
             # Never negative, which TensorFlow cannot know. Where it can tell the way while it optimizes a
             # graph, it makes a call without side effects of it, and leaves that out.
-            return tf.where(self.averages.status.is_counting(), way, 0), chosen
+            return tf.where(self.averages.status.is_valid(), way, 0), chosen
 
         def skip():
             return tf.constant(0), tf.zeros([len(pairs)], tf.float64)

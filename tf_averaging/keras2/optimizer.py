@@ -16,7 +16,7 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Any, Dict, Iterable, List, Optional, Sequence
+from typing import Any, Dict, Iterable, List, Optional, Sequence, Tuple
 
 import tensorflow as tf
 import tf_keras
@@ -26,6 +26,7 @@ from tf_averaging.core import variables as core_variables
 from tf_averaging.core.updates import checked_pairs
 from tf_averaging.core.variables import as_written
 from tf_averaging.keras2 import inner_optimizer as inner_optimizers
+from tf_averaging.keras2.variable_list import VariableList
 from tf_averaging.saving import arrays
 from tf_averaging.saving import positions
 
@@ -243,8 +244,9 @@ class Keras2Face(tf_keras.optimizers.Optimizer):
         """
         # A private name: nothing public says it. `tests/private_names_test.py` fails if it goes away.
         if getattr(self, "_is_wrapped_by_loss_scale_optimizer", False):
-            return _CallableList()
-        return _CallableList(arrays.state_of(self).variables())
+            return VariableList((), "under a LossScaleOptimizer lacks averages and inner state")
+        lost = "lacks the list given to `shadow_copy`" if self._updates.selection.is_fixed else None
+        return VariableList(arrays.state_of(self).variables(), lost)
 
     @property
     def weights(self) -> List[tf.Variable]:
@@ -379,11 +381,11 @@ class Keras2Face(tf_keras.optimizers.Optimizer):
             iterations = self.iterations  # Legacy optimizers create it when it is first asked for.
         return core_variables.read_here(iterations)
 
-    def _inner_state(self) -> List[tf.Variable]:
-        """All variables of the inner optimizer, iterations first.
+    def _inner_state(self) -> Tuple[List[tf.Variable], int]:
+        """All variables of the inner optimizer, iterations first; how many of them are slots, at the end.
 
         A restored checkpoint has legacy optimizers create their slots in the order of the file. Here they
-        come in the order of the variables.
+        come in the order of the trained variables.
         """
         inner = self._inner_optimizer
         variables = list(inner.weights if self._is_legacy else inner.variables)
@@ -394,8 +396,9 @@ class Keras2Face(tf_keras.optimizers.Optimizer):
             for variable in self._updates.selection.trained:
                 with contextlib.suppress(KeyError):  # Created when a gradient first reaches the variable.
                     slots.append(inner.get_slot(variable, name))
-        in_order = {id(variable) for variable in [inner.iterations, *slots]}
-        return [inner.iterations] + [v for v in variables if id(v) not in in_order] + slots
+        in_order = set(map(id, [inner.iterations, *slots]))
+        others = [v for v in variables if id(v) not in in_order]
+        return [inner.iterations, *others, *slots], len(slots)
 
     def _own_variables(self) -> List[tf.Variable]:
         """Variables that a subclass added."""
@@ -430,13 +433,6 @@ class Keras2Face(tf_keras.optimizers.Optimizer):
     def get_config(self) -> Dict[str, Any]:
         # tf_keras takes an optimizer whose config does not say so for a legacy one.
         return {"is_legacy_optimizer": False}
-
-
-class _CallableList(list):
-    """A list that can be called: `variables` is a property in one generation, a method in the other."""
-
-    def __call__(self) -> list:
-        return self
 
 
 def _weighted_loss(loss, tape, grad_loss):

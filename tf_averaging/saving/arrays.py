@@ -30,7 +30,6 @@ import tensorflow as tf
 
 from tf_averaging.core import variables as core_variables
 from tf_averaging.core.averages import Averages
-from tf_averaging.core.averages import Slots
 from tf_averaging.core.status import NOT_SET
 from tf_averaging.core.status import Clock
 from tf_averaging.core.status import checked_count
@@ -44,9 +43,9 @@ if TYPE_CHECKING:
 class Head(NamedTuple):
     """What is saved of the averages as a whole."""
 
-    updates: int
     swapped: bool
     first_step: int
+    updates: Optional[int] = None  # Version 0.1 had one count for all averages.
 
 
 class OptimizerState:
@@ -61,7 +60,8 @@ class OptimizerState:
         selection = optimizer._updates.selection
         self.averages: Averages = optimizer._averages
         self.averages.order(selection.in_order())
-        self.inner: List[tf.Variable] = optimizer._inner_state()
+        # The last `inner_slots` of them are one for each trained variable, once or several times.
+        self.inner, self.inner_slots = optimizer._inner_state()
         self.unclaimed = optimizer._unclaimed
         self.own: List[tf.Variable] = optimizer._own_variables()
         self.trained: List[tf.Variable] = list(selection.trained)
@@ -78,16 +78,13 @@ class OptimizerState:
         averages = self.averages
         if averages.status is None:
             return self.inner + self.own
-        clocks = averages.status.clock_variables()
-        return self.inner + self._head() + clocks + self._values() + self.unclaimed.variables + self.own
+        clocks = averages.status.clock_variables() + self.unclaimed.clocks
+        values = _values(averages.averaged()) + self.unclaimed.variables
+        return self.inner + self._head() + clocks + values + self.own
 
     def _head(self) -> List[tf.Variable]:
         status = self.averages.status
-        return [] if status is None else [status.count, status.swapped, status.first_step]
-
-    def _values(self) -> List[tf.Variable]:
-        slots = self.averages.averaged()
-        return [s.average for s in slots] + [s.stash for s in slots if s.stash is not None]
+        return [] if status is None else [status.swapped, status.first_step]
 
     def set(self, arrays: Sequence[Any]) -> None:
         """Sets all variables.
@@ -103,57 +100,55 @@ class OptimizerState:
             variables = self.variables()
             self._assign(variables, all_checked(arrays, variables))
             return
-        clocks = [as_number(array) for array in rest[3:] if np.asarray(array).dtype.kind in "iu"]
-        values = rest[3 + len(clocks) :]
-        if averaged and (len(rest) < 3 or len(values) != len(self._values())):
-            raise _wrong_number(len(self.variables()), len(arrays))
-        head = checked_head(rest[:3])
-        others = self.inner + self.own
-        checked = all_checked([*arrays[:first], *arrays[last:]], others)
+        head_length = _head_length(rest)
+        clocks = [as_number(a) for a in rest[head_length:] if np.asarray(a).dtype.kind in "iu"]
+        values = rest[head_length + len(clocks) :]
+        if averaged and (len(rest) < head_length or len(values) != len(_values(averaged))):
+            raise ValueError(f"Expected {len(self.variables())} arrays. Received: {len(arrays)}")
+        head = checked_head(rest[:head_length])
+        checked = all_checked([*arrays[:first], *arrays[last:]], self.inner + self.own)
+        columns, stashes = _columns(clocks, len(averaged) or None), iter(values[len(averaged) :])
         if averaged:
-            saved = self._matched(values, averaged, _columns(clocks, len(averaged)), head)
+            saved = [
+                checked_average(
+                    slots.variable,
+                    average,
+                    None if slots.stash is None else next(stashes),
+                    self._clock(columns, place, head),
+                )
+                for place, (slots, average) in enumerate(zip(averaged, values))
+            ]
         else:
-            values = [as_number(value) for value in values]
-            saved = [SavedAverage(value, None, self._clock(None, 0, head)) for value in values]
-        self._assign(others, checked)
-        self.averages.set_status(*head, like=self.trained[0] if self.trained else None)
+            saved = [
+                SavedAverage(as_number(value), None, self._clock(columns, place, head))
+                for place, value in enumerate(values)  # The last ones may be stashes.
+            ]
+        self._assign(self.inner + self.own, checked)
+        self.averages.set_status(*head[:2], like=self.trained[0] if self.trained else None)
         if averaged:
             for slots, one in zip(averaged, saved):
                 self.averages.load(slots, one.average, one.stash, one.clock)
         else:
             self.unclaimed.keep(saved)
 
-    def _matched(self, values, averaged: Sequence[Slots], clocks, head: Head) -> List[SavedAverage]:
-        """The values of averages and stashes, by variable."""
-        stashes = iter(values[len(averaged) :])
-        return [
-            checked_average(
-                slots.variable,
-                average,
-                None if slots.stash is None else next(stashes),
-                self._clock(clocks, place, head),
-            )
-            for place, (slots, average) in enumerate(zip(averaged, values))
-        ]
-
     def _clock(self, clocks: Optional[np.ndarray], place: int, head: Head) -> Clock:
         """A clock of a file: the default is that of version 0.1, which had one for all variables."""
         if clocks is not None:
-            return Clock(*map(int, clocks[:, place]))
-        return Clock(self.start if head.first_step == NOT_SET else head.first_step, 0)
+            return Clock(*map(int, clocks[:, place])) if place < clocks.shape[1] else Clock()
+        start = self.start if head.first_step == NOT_SET else head.first_step
+        return Clock(start, head.updates) if head.updates else Clock()
 
     # As a `.keras` file.
 
     def save(self, store) -> None:
         """Writes everything to a `.keras` file's store (a mapping from names to arrays)."""
-        values = [v.numpy() for v in self.inner + self._head()] + self._values_in_order()
-        for index, value in enumerate([*values, *(v.numpy() for v in self.own)]):
-            store[str(index)] = value
         averaged, unclaimed = self.averages.averaged(), self.unclaimed.saved
+        kept: List[Any] = [*averaged, *unclaimed]
+        for index, value in enumerate([*self.inner, *self._head(), *_values(kept), *self.own]):
+            store[str(index)] = np.asarray(value)
         places = VariableMap((variable, place) for place, variable in enumerate(self.trained))
         of_known = [places.get(slots.variable, -1) for slots in averaged]
         store["averages_of"] = np.array(of_known + [-1] * len(unclaimed), np.int64)
-        kept: List[Any] = [*averaged, *unclaimed]
         store["has_stash"] = np.array([slots.stash is not None for slots in kept])
         store["is_fixed_set"] = np.array(self.is_fixed_set)
         clocks = [self.averages.status.clock(slots.variable) for slots in averaged]
@@ -163,12 +158,6 @@ class OptimizerState:
         store["names"] = np.frombuffer(names.encode(), np.uint8)
         for index, variable in enumerate(self.loss_scale):
             store[f"loss_scale_{index}"] = variable.numpy()
-
-    def _values_in_order(self) -> List[np.ndarray]:
-        """All averages, then all stashes."""
-        kept: List[Any] = [*self.averages.averaged(), *self.unclaimed.saved]
-        values = [slots.average for slots in kept] + [s.stash for s in kept if s.stash is not None]
-        return [np.asarray(value) for value in values]
 
     def load(self, store) -> bool:
         """Reads what `save` wrote, or version 0.1, or an optimizer without averages.
@@ -180,40 +169,41 @@ class OptimizerState:
         if "averages_of" not in _keys(store):
             self._load_plain(arrays)
             return self.is_fixed_set
+        moved = self._moved(store)
         first, last = len(self.inner), len(arrays) - len(self.own)
-        variables = self.inner + self.own
-        checked = all_checked([*arrays[:first], *arrays[last:]], variables)
-        keys = [key for key in ("loss_scale_0", "loss_scale_1") if key in _keys(store)]
-        scale = self.loss_scale if keys else []
-        checked_scale = all_checked([store[key] for key in keys], scale) if scale else []
-        saved = self._saved_averages(store, arrays[first:last])
+        inner = self._with_slots_moved(arrays[:first], moved)
+        checked = all_checked([*inner, *arrays[last:]], self.inner + self.own)
+        scale = self.loss_scale if "loss_scale_0" in _keys(store) else []
+        checked_scale = all_checked([store[f"loss_scale_{i}"] for i in range(len(scale))], scale)
+        saved = self._saved_averages(store, arrays[first:last], moved)
 
-        self._assign(variables, checked)
-        self._assign(scale, checked_scale)
+        is_fixed_set = self.is_fixed_set if saved is None else bool(np.asarray(store["is_fixed_set"]))
         if saved is None:
             self.averages.start_over()
-            return self.is_fixed_set
-        head, of_trained, others = saved
-        is_fixed_set = bool(np.asarray(store["is_fixed_set"]))
-        self._load_averages(head, of_trained, others, is_fixed_set)
+        else:
+            self._load_averages(*saved, is_fixed_set)
+        self._assign(self.inner + self.own, checked)
+        self._assign(scale, checked_scale)
         return is_fixed_set
 
     def _saved_averages(
-        self, store, arrays: Sequence[Any]
+        self, store, arrays: Sequence[Any], moved: Sequence[int]
     ) -> Optional[Tuple[Head, List[Tuple[tf.Variable, SavedAverage]], List[SavedAverage]]]:
         """What a file has of the averages: those of trained variables, and others; None for nothing.
 
         `arrays` are head, averages, stashes, and what was unclaimed when version 0.1 wrote the file.
         """
-        places = self._places(store)
+        places = as_number(store["averages_of"]).astype(np.int64).ravel().tolist()
+        places = [moved[place] if 0 <= place < len(moved) else place for place in places]
         has_stash = np.asarray(store["has_stash"])
+        head_length = _head_length(arrays)
         known = [place for place in places if place >= 0]
         if (
             has_stash.shape != (len(places),)
             or has_stash.dtype != bool
             or len(set(known)) != len(known)
             or any(place >= len(self.trained) for place in known)
-            or (len(arrays) < 3 + len(places) + has_stash.sum() if arrays else places)
+            or (len(arrays) < head_length + len(places) + has_stash.sum() if arrays else places)
         ):
             raise ValueError(
                 f"Expected averages of {len(self.trained)} trained variables. Received averages of those "
@@ -221,7 +211,7 @@ class OptimizerState:
             )
         if not arrays:
             return None
-        head = checked_head(arrays[:3])
+        head, arrays = checked_head(arrays[:head_length]), arrays[head_length:]
         if head.swapped and any(
             self.averages.needs_stash(self.trained[place]) != stashed
             for place, stashed in zip(places, has_stash)
@@ -232,7 +222,7 @@ class OptimizerState:
                 "`average_dtype`. Expected the same one, or a file saved while they were not."
             )
         clocks = _columns([as_number(store["clocks"])] if "clocks" in _keys(store) else [], len(places))
-        averages, rest = arrays[3 : 3 + len(places)], iter(arrays[3 + len(places) :])
+        averages, rest = arrays[: len(places)], iter(arrays[len(places) :])
         stashes = [next(rest) if stashed else None for stashed in has_stash]
         of_trained, others = [], []
         for index, (place, average, stash) in enumerate(zip(places, averages, stashes)):
@@ -247,18 +237,32 @@ class OptimizerState:
         others += [SavedAverage(as_number(array), None, self._clock(None, 0, head)) for array in rest]
         return head, of_trained, others
 
-    def _places(self, store) -> List[int]:
-        """For each average of a file the place of its variable among the trained ones, -1 for others."""
-        places = as_number(store["averages_of"])
-        if places.dtype.kind != "i" or places.ndim != 1:
-            raise ValueError(f"Expected a vector of indices. Received: {places!r}")
-        names, names_now = _read_names(store), list(map(self.name_of, self.trained))
-        if sorted(names) != sorted(names_now):  # Version 0.1, or a model built anew.
-            return places.tolist()
-        # The order in which variables came to be trained is not that of the model.
+    def _moved(self, store) -> List[int]:
+        """For each trained variable of the file its place now: steps may have met them in another order.
+
+        Version 0.1 and a model built anew have other names. The order is what they have in common then.
+        """
+        names = (
+            [str(n) for n in json.loads(np.asarray(store["names"]).tobytes())]
+            if "names" in _keys(store)
+            else []
+        )
+        names_now = list(map(self.name_of, self.trained))
+        if sorted(names) != sorted(names_now):
+            return list(range(len(names_now)))
         place_now = {name: place for place, name in enumerate(_numbered(names_now))}
-        moved = [place_now[name] for name in _numbered(names)]
-        return [moved[place] if 0 <= place < len(moved) else place for place in places.tolist()]
+        return [place_now[name] for name in _numbered(names)]
+
+    def _with_slots_moved(self, arrays: List[Any], moved: Sequence[int]) -> List[Any]:
+        """The inner optimizer's arrays, its slots in the order that the trained variables have now."""
+        first, number = len(self.inner) - self.inner_slots, len(moved)
+        if not self.inner_slots or self.inner_slots % number:
+            return arrays
+        in_order = list(arrays)
+        for place in range(first, len(self.inner)):
+            group, index = divmod(place - first, number)
+            in_order[first + group * number + moved[index]] = arrays[place]
+        return in_order
 
     def _load_averages(self, head: Head, of_trained, others, is_fixed_set: bool) -> None:
         averages = self.averages
@@ -269,7 +273,7 @@ class OptimizerState:
         averages.add([variable for variable, _ in of_trained])
         averages.order(self.trained)
         averages.start_over()
-        averages.set_status(*head, like=self.trained[0] if self.trained else None)
+        averages.set_status(*head[:2], like=self.trained[0] if self.trained else None)
         for variable, saved in of_trained:
             averages.load(averages.slots[variable], saved.average, saved.stash, saved.clock)
         if others:
@@ -289,18 +293,13 @@ class OptimizerState:
             variable.assign(tf.cast(array, variable.dtype))
 
 
+def _values(kept: Sequence[Any]) -> List[Any]:
+    """All averages, then all stashes."""
+    return [one.average for one in kept] + [one.stash for one in kept if one.stash is not None]
+
+
 def _keys(store) -> List[str]:
     return list(store.keys())  # Keras 3's stores cannot be iterated over.
-
-
-def _read_names(store) -> List[str]:
-    if "names" not in _keys(store):
-        return []
-    try:
-        names = json.loads(np.asarray(store["names"], np.uint8).tobytes().decode())
-    except ValueError as error:
-        raise ValueError("Expected names of variables as JSON.") from error
-    return [str(name) for name in names] if isinstance(names, list) else []
 
 
 def _numbered(names) -> List[Tuple[str, int]]:
@@ -359,13 +358,9 @@ def load(optimizer: AveragedOptimizerWrapper, store) -> None:
 
 def all_checked(arrays: Sequence[Any], variables: Sequence[tf.Variable]) -> List[np.ndarray]:
     if len(arrays) != len(variables):
-        raise _wrong_number(len(variables), len(arrays))
+        hint = "`build` or a training step creates the variables"
+        raise ValueError(f"Expected {len(variables)} arrays ({hint}). Received: {len(arrays)}")
     return [_checked(array, variable) for array, variable in zip(arrays, variables)]
-
-
-def _wrong_number(expected: int, received: int) -> ValueError:
-    hint = "`build` or a training step creates the variables"
-    return ValueError(f"Expected {expected} arrays ({hint}). Received: {received}")
 
 
 def _checked(array: Any, variable: tf.Variable, role: str = "") -> np.ndarray:
@@ -375,7 +370,12 @@ def _checked(array: Any, variable: tf.Variable, role: str = "") -> np.ndarray:
     if not variable.shape.is_compatible_with(array.shape):
         name = f"{role}{variable.name!r}"
         raise ValueError(f"Expected shape {variable.shape} for {name}. Received: {array.shape}")
-    _check_kind(array, variable)
+    kinds = "iu" if variable.dtype.is_integer else "fciu" if variable.dtype.is_complex else "fiu"
+    if array.dtype.kind not in kinds and array.dtype != tf.bfloat16.as_numpy_dtype:
+        raise ValueError(f"Expected {variable.dtype.name} for {variable.name!r}. Received: {array.dtype}")
+    if variable.dtype.is_integer and np.any(array > variable.dtype.max):
+        largest = variable.dtype.max
+        raise ValueError(f"Expected numbers up to {largest} for {variable.name!r}. Received: {array!r}")
     return array
 
 
@@ -387,56 +387,53 @@ def checked_average(
     return SavedAverage(checked, None if stash is None else _checked(stash, variable), clock)
 
 
-def _check_kind(array: np.ndarray, variable: tf.Variable) -> None:
-    kinds = "iu" if variable.dtype.is_integer else "fciu" if variable.dtype.is_complex else "fiu"
-    if array.dtype.kind not in kinds and array.dtype != tf.bfloat16.as_numpy_dtype:
-        raise ValueError(
-            f"Expected {variable.dtype.name} numbers for {variable.name!r}. Received: {array.dtype}"
-        )
-    if variable.dtype.is_integer and np.any(array > variable.dtype.max):
-        raise ValueError(
-            f"Expected numbers up to {variable.dtype.max} for {variable.name!r}. Received: {array!r}"
-        )
-
-
 def as_number(array: Any) -> np.ndarray:
     """A NumPy array of numbers."""
     try:
         array = np.asarray(array)
     except (TypeError, OSError, RuntimeError) as error:
         raise ValueError(f"Expected an array of numbers. Received: {array!r}") from error
+    bfloat16 = tf.bfloat16.as_numpy_dtype
     if array.dtype == np.dtype("V2"):
-        array = array.view(tf.bfloat16.as_numpy_dtype)  # HDF5 has no name for it.
+        array = array.view(bfloat16)  # HDF5 has no name for it.
     is_number = array.dtype.kind in "iufc" and array.dtype.itemsize <= np.dtype(np.complex128).itemsize
-    if array.dtype == np.longdouble or not (is_number or array.dtype == tf.bfloat16.as_numpy_dtype):
+    if array.dtype == np.longdouble or not (is_number or array.dtype == bfloat16):
         raise ValueError(f"Expected an array of numbers. Received one of dtype {array.dtype}")
     return array
 
 
-def _columns(arrays: Sequence[np.ndarray], number: int) -> Optional[np.ndarray]:
+def _columns(arrays: Sequence[np.ndarray], number: Optional[int]) -> Optional[np.ndarray]:
     """The clocks of this many averages, int64 of shape [2, number]; None where there are none."""
     if not arrays:
         return None
     if any(array.dtype.kind not in "iu" or array.ndim != 2 or len(array) != 2 for array in arrays):
         raise ValueError(f"Expected integers of shape [2, {number}] for the clocks. Received: {arrays!r}")
     clocks = np.concatenate(arrays, axis=1)
-    if clocks.shape[1] != number or np.any(clocks < NOT_SET) or np.any(clocks > np.iinfo(np.int64).max):
+    if (
+        number not in (None, clocks.shape[1])
+        or np.any(clocks < NOT_SET)
+        or np.any(clocks > np.iinfo(np.int64).max)
+    ):
         raise ValueError(f"Expected the clocks of {number} averages. Received: {clocks!r}")
     return clocks
 
 
+def _head_length(arrays: Sequence[Any]) -> int:
+    """How many of these arrays are of the averages as a whole: version 0.1 had its count before them."""
+    return 2 if len(arrays) and np.asarray(arrays[0]).dtype == bool else 3
+
+
 def checked_head(arrays: Sequence[Any]) -> Head:
-    """Count, flag and first step."""
-    if len(arrays) != 3:
-        raise ValueError(f"Expected the averages' count, flag and first step. Received: {arrays!r}")
+    """Flag and first step; in files of version 0.1 the count before them."""
+    if len(arrays) < 2:
+        raise ValueError(f"Expected the averages' flag and first step. Received: {arrays!r}")
+    *count, flag, first_step = arrays
     try:
-        updates, first_step = (
-            checked_count(name, as_number(array).item(), minimum)
-            for name, array, minimum in [("count", arrays[0], 0), ("first step", arrays[2], NOT_SET)]
-        )
+        updates = checked_count("count", as_number(count[0]).item(), minimum=0) if count else None
+        first = checked_count("first step", as_number(first_step).item(), minimum=NOT_SET)
     except TypeError as error:
-        raise ValueError(f"Expected two integers of 64 bits. Received: {arrays!r}") from error
-    return Head(updates, _checked_flag(arrays[1]), first_step)
+        raise ValueError(f"Expected integers of 64 bits. Received: {arrays!r}") from error
+    return Head(_checked_flag(flag), first, updates)
 
 
 def _checked_flag(array: Any) -> bool:

@@ -176,9 +176,12 @@ class AveragesNode(tf.__internal__.tracking.Trackable):
         self._unmatched = positions.Unmatched(self._take_unmatched)
         # Values of the status that came before there was one, by name.
         self._pending: Dict[str, positions.Position] = {}
-        self._pending_count: Optional[int] = None
+        # How many updates the averages hold in a file of a predecessor, which does not say it.
+        self._updates_in_file = 0
+        # Takes the place of the one count that version 0.1 had for all averages.
+        self._common_count = tf.__internal__.tracking.Trackable()
         self._owner: Optional[positions.Owner] = None
-        self._restore_uid = NOT_SET
+        self._restore_uid = self._visited_by = NOT_SET
         self._thread = threading.get_ident()
         averages.when_added.append(self.restore_pending)
 
@@ -198,7 +201,6 @@ class AveragesNode(tf.__internal__.tracking.Trackable):
         if status is None:
             return {}
         return {
-            "num_averaged": status.count,
             "swapped": status.swapped,
             "first_step": status.first_step,
         }
@@ -230,18 +232,18 @@ class AveragesNode(tf.__internal__.tracking.Trackable):
 
     def _clock_slot(self, variable: tf.Variable) -> _ClockSlot:
         if variable not in self._clock_slots:
-            self._clock_slots[variable] = _ClockSlot(lambda: self._averages.status.clock(variable))
+            self._clock_slots[variable] = _ClockSlot(lambda: self._averages.status.clock_value(variable))
         return self._clock_slots[variable]
 
     # What is restored.
 
     @property
     def _update_uid(self):
-        return self._self_update_uid
+        return self._visited_by
 
     @_update_uid.setter
     def _update_uid(self, uid):
-        self._self_update_uid = uid  # The number of the restore that has reached this object.
+        self._visited_by = uid  # The number of the restore that has reached this object.
         self.start_restore(uid)
 
     def start_restore(self, uid: int) -> None:
@@ -256,7 +258,7 @@ class AveragesNode(tf.__internal__.tracking.Trackable):
 
     def start_over(self) -> None:
         """Sets the averages to the current weights, and forgets what was restored."""
-        self._pending, self._pending_count = {}, None
+        self._pending, self._updates_in_file = {}, 0
         self._averages.start_over()
 
     def _lookup_dependency(self, name, cached_dependencies=None):
@@ -270,6 +272,9 @@ class AveragesNode(tf.__internal__.tracking.Trackable):
         if name not in ("num_averaged", "swapped", "first_step"):
             return False
         self.start_restore(position.restore_uid)
+        if name == "num_averaged":  # `_clock_in` reads it.
+            positions.pass_over(position, self._common_count)
+            return True
         self._pending[name] = position
         self.restore_pending()
         if name == "swapped" and self._averages.status is not None:
@@ -287,18 +292,13 @@ class AveragesNode(tf.__internal__.tracking.Trackable):
             value = positions.take_value(position, variables[name])
             if name == "swapped":  # Version 0.1 stored a vector of length 0 or 1.
                 status.set_swapped_everywhere(bool(np.any(value)))
-            elif name == "first_step":
-                self._averages.begin(int(value))
             else:
-                core_variables.assign_everywhere(status.count, value)
-        if self._pending_count is not None:
-            core_variables.assign_everywhere(status.count, tf.constant(self._pending_count, tf.int64))
-        self._pending, self._pending_count = {}, None
+                self._averages.begin(int(value))
+        self._pending = {}
 
-    def set_count(self, count: int) -> None:
-        """Sets the number of updates, where a file does not have it; now or once there is a status."""
-        self._pending_count = count
-        self.restore_pending()
+    def set_updates(self, updates: int) -> None:
+        """Says how many updates the averages hold that a file without clocks will bring."""
+        self._updates_in_file = updates
 
     def _create_or_restore_slot_variable(
         self, slot_variable_position, slot_name, variable, slot_variable_shape=None
@@ -337,7 +337,7 @@ class AveragesNode(tf.__internal__.tracking.Trackable):
         in_file = owner.slots[variable_id]
         kind = self._kind_of(variable)
         if name == "average" and "clock" not in in_file:
-            self._set_clocks(averageable([variable]), Clock(self._start_in(owner), 0))
+            self._set_clocks(averageable([variable]), self._clock_in(owner))
         average, stash, slot = (self.get_slot(variable, n) for n in (kind, "stash", name))
         if name != "stash" and slot is None:  # An average in one place, an exchanged value in the other.
             return None
@@ -364,10 +364,12 @@ class AveragesNode(tf.__internal__.tracking.Trackable):
         """The kind of the slot of a variable; of a sharded one, all shards have the same."""
         return self._averages.slots[averageable([variable])[0]].kind
 
-    def _start_in(self, owner: positions.Owner) -> int:
-        """The first step that a file of version 0.1 averaged."""
-        first_step = owner.child_value("first_step")
-        return self._start() if first_step is None or first_step == NOT_SET else int(first_step)
+    def _clock_in(self, owner: positions.Owner) -> Clock:
+        """The clock of all averages of a file without clocks: of version 0.1, or of a predecessor."""
+        count, first_step = map(owner.child_value, ("num_averaged", "first_step"))
+        updates = self._updates_in_file if count is None else int(count)
+        start = self._start() if first_step is None or first_step == NOT_SET else int(first_step)
+        return Clock(start, updates) if updates else Clock()
 
     def _owner_of(self, position: positions.Position) -> positions.Owner:
         """The node of the file that is restored into this object."""
@@ -396,20 +398,25 @@ class AveragesNode(tf.__internal__.tracking.Trackable):
 
 
 class _ClockSlot(tf.__internal__.tracking.Trackable):
-    """The clock of one variable, which is a part of a vector, as a value of its own in a file."""
+    """The clock of one variable, which is a part of a vector, as a value of its own in a file.
 
-    def __init__(self, clock: Callable[[], Clock]):
+    Args:
+      clock: returns it, int64 of shape [2].
+    """
+
+    def __init__(self, clock: Callable[[], tf.Tensor]):
         self._clock = clock
 
     def _serialize_to_tensors(self):
-        return {positions.VALUE: tf.constant(self._clock(), tf.int64)}
+        return {positions.VALUE: self._clock()}
 
     def _restore_from_tensors(self, restored_tensors):
         raise NotImplementedError("The node of the averages restores it.")
 
     def _copy_trackable_to_cpu(self, object_map):
-        clock = self._clock()
-        object_map[self] = _ClockSlot(lambda: clock)
+        if self not in object_map:
+            object_map[self] = tf.Variable(self._clock(), trainable=False)
+        object_map[self].assign(self._clock())
 
 
 def _assign(slot: tf.Variable, value: tf.Tensor) -> None:

@@ -79,11 +79,11 @@ def restore(
         )
         return Restored(position, inner)
     _check_scheme(owner, optimizer._predecessors)
-    owner.give_slots_to(node)
     owner.children[inner_name].restore(inner)
     if "iter" in owner.children:
         owner.children["iter"].restore(optimizer._steps_variable())
-    node.set_count(optimizer._updates.due_in(int(optimizer._steps_taken())))
+    node.set_updates(optimizer._updates.due_in(int(optimizer._steps_taken())))
+    owner.give_slots_to(node)
     node.start_missing(owner)
     return Restored(position, inner)
 

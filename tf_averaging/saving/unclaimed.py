@@ -45,11 +45,13 @@ class Unclaimed:
       averages: what they are loaded into.
       saved: what is kept.
       variables: the same as variables, averages before stashes, for saving.
+      clocks: their clocks as a variable of shape [2, averages], or nothing.
     """
 
     averages: Averages
     saved: List[SavedAverage] = dataclasses.field(default_factory=list)
     variables: List[tf.Variable] = dataclasses.field(default_factory=list)
+    clocks: List[tf.Variable] = dataclasses.field(default_factory=list)
 
     def keep(self, saved: Sequence[SavedAverage]) -> None:
         """Keeps these averages, in the order in which their variables will come.
@@ -65,6 +67,8 @@ class Unclaimed:
             tf.Variable(array, trainable=False, name=f"unclaimed_average_{index}")
             for index, array in enumerate(arrays)
         ]
+        clocks = np.array([s.clock for s in saved], np.int64).T
+        self.clocks = [tf.Variable(clocks, trainable=False, name="unclaimed_clocks")] if saved else []
 
     def give_to(self, variables: Sequence[tf.Variable]) -> None:
         """Loads what is kept into the averages of these variables, or warns that it does not fit them."""
@@ -90,8 +94,10 @@ class Unclaimed:
         for one, its_slots in zip(saved, slots):
             averages.load(its_slots, one.average, one.stash, one.clock)
 
-    def raise_error(self) -> None:
-        """Says what to do before the averages can be used."""
+    def check(self) -> None:
+        """Raises a ValueError if anything is kept, which says what to do before averages can be used."""
+        if not self.saved:
+            return
         raise ValueError(
             "Averages were loaded whose variables are not known, since only those of trained ones are "
             "when a model is loaded. Call `shadow_copy` first, with the same model or list as before "
