@@ -84,6 +84,42 @@ def test_averaging_weight_is_enough(strategy, module, as_function):
     assert variable.numpy() == values[-1]
 
 
+def test_weight_in_a_variable_is_read_when_the_update_is_made():
+    class Adjustable(tfav.AveragedOptimizerWrapper):
+        weight = tf.Variable(1.0)
+
+        def averaging_weight(self, steps, updates):
+            return self.weight
+
+    variable = tf.Variable(4.0)
+    optimizer = Adjustable(CURRENT.SGD(1.0), start_averaging=1)
+    step = tf.function(lambda: optimizer.apply_gradients([(tf.constant(1.0), variable)]))
+    step()
+    Adjustable.weight.assign(0.25)
+    step()
+    # The average starts from 3, then 3 + 0.25 * (2 - 3).
+    assert average_of(optimizer, variable) == 2.75
+
+
+@pytest.mark.parametrize("as_function", [False, True])
+@pytest.mark.parametrize("weight", [1.5, -0.5, np.nan])
+@pytest.mark.parametrize("form", [float, tf.constant])
+def test_weight_by_hand_out_of_range(weight, form, as_function):
+    variable = tf.Variable(4.0)
+    optimizer = RunningMean(CURRENT.SGD(1.0))
+    optimizer.shadow_copy([variable])
+    given = form(weight)
+
+    def update(given):
+        optimizer.update_average(given)
+
+    if as_function:
+        update = tf.function(update)
+    with pytest.raises((ValueError, tf.errors.InvalidArgumentError), match="from 0 to 1"):
+        update(given)
+    assert optimizer.num_averaged == 0
+
+
 @pytest.mark.parametrize("as_function", [False, True])
 def test_average_op_is_enough(strategy, as_function):
     def make():

@@ -19,6 +19,7 @@ import pathlib
 import signal
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -228,6 +229,51 @@ class TestSwappedWeights:
             with optimizer.swapped_weights():
                 assert bits(variables) == shown
             assert bits(variables) == shown
+        assert bits(variables) == before
+
+    @pytest.mark.parametrize("thread", [False, True])
+    @pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 2, 0)])
+    def test_blocks_that_overlap_end_when_the_last_one_does(self, order, thread):
+        def call(method, *arguments):
+            if thread:
+                worker = threading.Thread(target=method, args=arguments)
+                worker.start()
+                worker.join()
+            else:
+                method(*arguments)
+
+        optimizer, variables = trained(tf.distribute.get_strategy())
+        before = bits(variables)
+        shown = bits(slots_of(optimizer, variables))
+        blocks = [optimizer.swapped_weights() for _ in order]
+        for block in blocks:
+            call(block.__enter__)
+        for index in order:
+            assert bits(variables) == shown
+            call(blocks[index].__exit__, None, None, None)
+        assert bits(variables) == before
+        assert not optimizer.weights_swapped
+
+    def test_reset_is_refused_in_a_block(self):
+        optimizer, _ = trained(tf.distribute.get_strategy())
+        with optimizer.swapped_weights():
+            optimizer.swap_weights()
+            with pytest.raises(RuntimeError, match="context"):
+                optimizer.reset_averages()
+            optimizer.swap_weights()
+
+    def test_a_restore_in_a_block_says_what_comes_after_it(self, tmp_path):
+        optimizer, variables = trained(tf.distribute.get_strategy())
+        checkpoint = tf.train.Checkpoint(optimizer=optimizer, variables=variables)
+        before, shown = bits(variables), bits(slots_of(optimizer, variables))
+        optimizer.swap_weights()
+        path = checkpoint.save(str(tmp_path / "swapped"))
+        optimizer.swap_weights()
+        with optimizer.swapped_weights():
+            checkpoint.restore(path)
+        assert optimizer.weights_swapped
+        assert bits(variables) == shown
+        optimizer.swap_weights()
         assert bits(variables) == before
 
     def test_block_that_swaps_back_itself_ends_unswapped(self):

@@ -15,8 +15,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple, Union
+from typing import Any, ContextManager, Dict, List, Optional, Sequence, Tuple, Union
 
 import numpy as np
 import tensorflow as tf
@@ -160,12 +159,10 @@ class AveragedOptimizerWrapper:
         selection = self._updates.selection
         if self._is_model(model_or_variables):
             selection.model = model_or_variables
-            self._averages.create(selection)
         else:
             expected = "Expected a model or a list of variables."
-            variables = self._checked_variables(model_or_variables, expected)
-            self._averages.add(selection.fix(variables))
-            self._averages.order(selection.in_order())
+            selection.fix(self._checked_variables(model_or_variables, expected))
+        self._averages.create(selection)
 
     @property
     def has_shadow_copy(self) -> bool:
@@ -212,16 +209,15 @@ class AveragedOptimizerWrapper:
         self._check_has_averages("swap_weights")
         self._averages.once(self._averages.swap)
 
-    @contextlib.contextmanager
-    def swapped_weights(self) -> Iterator[AveragedOptimizerWrapper]:
-        """A context in which the model holds the averages; yields the optimizer.
+    def swapped_weights(self) -> ContextManager[AveragedOptimizerWrapper]:
+        """A context in which the model holds the averages; `as` gives the optimizer.
 
         Whatever ends the block, an exception or Ctrl-C included, leaves the weights as they were before
-        it. In a graph, where no exception could be caught, it is a RuntimeError.
+        it. Contexts may overlap: the weights return when the last one ends. In a graph, where no
+        exception could be caught, it is a RuntimeError.
         """
         self._check_has_averages("swapped_weights")
-        with self._averages.swapped():
-            yield self
+        return self._averages.swapped(self)
 
     @property
     def weights_swapped(self) -> Union[bool, tf.Tensor]:
@@ -266,7 +262,8 @@ class AveragedOptimizerWrapper:
 
     def _check_has_averages(self, method: str) -> None:
         check_program_order()
-        self._unclaimed.check()
+        if self._unclaimed.saved:
+            self._unclaimed.check()
         if not self._averages:
             raise ValueError(
                 f"`{method}` needs averages, and none exist yet. Expected a training step or "

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from typing import Any, Callable, Iterable, Iterator, List, Optional, Sequence, Tuple, TypeVar, Union
+from typing import Any, Callable, Iterable, List, Optional, Sequence, Tuple, TypeVar, Union
 
 import numpy as np
 import tensorflow as tf
@@ -30,6 +30,8 @@ from tf_averaging.core.status import NOT_SET
 from tf_averaging.core.status import Clock
 from tf_averaging.core.status import Status
 from tf_averaging.core.status import check_program_order
+from tf_averaging.core.swapped_contexts import SwappedContext
+from tf_averaging.core.swapped_contexts import SwappedContexts
 from tf_averaging.core.variables import VariableMap
 from tf_averaging.core.variables import components
 
@@ -78,6 +80,7 @@ class Averages:
       status: clocks, count and flag; None until there are slots.
       when_added: called with the variables that got averages, whoever asked for them.
       on_devices: does work on all averages of a device.
+      contexts: the open contexts in which the model holds the averages.
     """
 
     average_dtype: Optional[tf.DType] = None
@@ -91,6 +94,7 @@ class Averages:
     def __post_init__(self):
         self.average_dtype = _checked_average_dtype(self.average_dtype)
         self.jit_compile = _checked_jit_compile(self.jit_compile)
+        self.contexts = SwappedContexts(lambda: bool(self.is_swapped()), lambda: self.once(self.swap))
 
     def __len__(self) -> int:
         return len(self.slots)
@@ -267,7 +271,13 @@ class Averages:
         """
         self.begin(first_step)
         if self.status is not None or like is not None:
-            self.create_status(like).set_swapped_everywhere(swapped)
+            self.create_status(like)
+            self.set_swapped(swapped)
+
+    def set_swapped(self, swapped: bool) -> None:
+        """Sets the flag as a file has it (eager mode), on all replicas."""
+        self.status.set_swapped_everywhere(swapped)
+        self.contexts.before = swapped
 
     # Exchanging.
 
@@ -280,22 +290,14 @@ class Averages:
         with core_variables.after(*refreshed):
             self._exchange()
 
-    @contextlib.contextmanager
-    def swapped(self) -> Iterator[None]:
-        """A context in which the model holds the averages; see `swapped_weights`."""
+    def swapped(self, value: Value) -> SwappedContext[Value]:
+        """A context in which the model holds the averages, and whose `as` gives `value`."""
         if not tf.executing_eagerly():
             raise RuntimeError(
                 "`swapped_weights` cannot guard what a graph does. Use it around the call of the "
                 "`tf.function`, or call `swap_weights` twice in it."
             )
-        before = bool(self.is_swapped())
-        try:
-            if not before:
-                self.once(self.swap)
-            yield
-        finally:
-            if bool(self.is_swapped()) != before:
-                self.once(self.swap)
+        return SwappedContext(self.contexts, value)
 
     def _exchange(self) -> None:
         # Compiled code would copy, and could not change the length of the flag.
@@ -357,9 +359,10 @@ class Averages:
 
     def reset(self, variables: Optional[Iterable[tf.Variable]]) -> None:
         """`start_over`, which must not run while swapped."""
-        if bool(self.is_swapped()):
+        if self.contexts.number or bool(self.is_swapped()):
             raise RuntimeError(
-                "The averages are in the model (`weights_swapped` is True). Call `swap_weights()` first."
+                "The averages are in the model (`weights_swapped` is True), or a `swapped_weights()` "
+                "context is open. Call `swap_weights()` first, or leave the context."
             )
         self.start_over(variables)
 

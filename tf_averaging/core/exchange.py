@@ -76,10 +76,12 @@ def finish(work: Callable[[], None]) -> None:
     if threading.current_thread() is not threading.main_thread():
         work()
         return
+    begun, done = threading.Lock(), threading.Event()
     failed: List[BaseException] = []
-    done = threading.Event()  # An interrupted `join` takes a running thread for a stopped one.
 
     def do() -> None:
+        if not begun.acquire(blocking=False):
+            return
         try:
             work()
         except BaseException as error:  # Raised below, in the thread of the caller.
@@ -87,13 +89,18 @@ def finish(work: Callable[[], None]) -> None:
         finally:
             done.set()
 
-    thread = threading.Thread(target=do)
-    interrupted = None
-    thread.start()
-    while not done.is_set():
+    interrupts: List[BaseException] = []
+    try:
+        threading.Thread(target=do).start()
+    except BaseException as interrupt:
+        if begun.acquire(blocking=False):
+            raise  # It has not begun, and will not.
+        interrupts.append(interrupt)
+    while True:
         try:
-            done.wait()
-        except KeyboardInterrupt as interrupt:
-            interrupted = interrupt
-    for error in failed or ([interrupted] if interrupted else []):
+            done.wait()  # An interrupted `join` takes a running thread for a stopped one.
+            break
+        except BaseException as interrupt:  # Whatever a handler of signals raises.
+            interrupts.append(interrupt)
+    for error in failed + interrupts:
         raise error

@@ -98,8 +98,7 @@ class Updates:
 
     def by_hand(self, weight: Any, step: tf.Tensor) -> None:
         """Updates the averages now, as for the step after `step` others, or with a weight (number)."""
-        if weight is not None and not tf.is_tensor(weight) and not 0 <= weight <= 1:
-            raise ValueError(f"Expected `weight` from 0 to 1. Received: {weight}")
+        checked = None if weight is None else _check_in_range(weight)
         averaging_weight = (
             self.averaging_weight
             if weight is None
@@ -110,7 +109,7 @@ class Updates:
 
         def update() -> None:
             with (
-                after(self.averages.status.check_not_swapped()),
+                after(checked, self.averages.status.check_not_swapped()),
                 after(*self._begin(True, step, forgets)),
             ):
                 self._fold(True, step, averaging_weight, average_op)
@@ -199,8 +198,9 @@ class Updates:
             return False
         with tf.init_scope():
             first = tf.zeros([1], tf.int64)
-            weight = _checked_weight(self.averaging_weight(first, first), first.shape)
-            return bool(tf.reduce_all(tf.equal(weight, 1.0)))
+            weight = tf.function(lambda: self.averaging_weight(first, first)).get_concrete_function()
+            # What depends on a variable may be another weight by the time of the update.
+            return not weight.captured_inputs and bool(tf.reduce_all(tf.equal(weight(), 1.0)))
 
     # After a step.
 
@@ -286,6 +286,17 @@ def _done(work: Callable[[], list]) -> tf.Tensor:
     """Does the work, which returns the operations that must run; ready after them."""
     with after(*work()):
         return tf.constant(True)
+
+
+def _check_in_range(weight) -> Optional[tf.Operation]:
+    """Checks that a weight is from 0 to 1; in graphs the operation that must run before it is used."""
+    error = "Expected `weight` from 0 to 1."
+    if tf.is_tensor(weight) and not tf.executing_eagerly():
+        in_range = tf.logical_and(weight >= 0, weight <= 1)
+        return tf.raw_ops.Assert(condition=tf.reduce_all(in_range), data=[f"{error} Received:", weight])
+    if not 0 <= float(weight) <= 1:
+        raise ValueError(f"{error} Received: {weight}")
+    return None
 
 
 def _checked_weight(weight, shape: tf.TensorShape) -> tf.Tensor:

@@ -299,7 +299,9 @@ class VariableSelection:
       tf_variables: makes TensorFlow's variables of the model's.
       trained: the variables that steps have trained so far, in their order.
       model: the model that is followed, None for none.
-      is_fixed: whether a list of variables was given. Nothing else is averaged then.
+      is_fixed: whether lists of variables were given, or were when a file was written. Nothing else is
+        averaged then.
+      given: the variables of these lists.
     """
 
     trainable_only: bool
@@ -307,6 +309,7 @@ class VariableSelection:
     trained: VariableMap[None] = dataclasses.field(default_factory=VariableMap)
     model: Optional[Model] = None
     is_fixed: bool = False
+    given: VariableMap[None] = dataclasses.field(default_factory=VariableMap)
 
     def __post_init__(self):
         if not isinstance(self.trainable_only, (bool, np.bool_)):
@@ -323,11 +326,8 @@ class VariableSelection:
         for variable in variables:
             self.trained[variable] = None
 
-    def fix(self, variables: Sequence[tf.Variable]) -> List[tf.Variable]:
+    def fix(self, variables: Sequence[tf.Variable]) -> None:
         """Makes a list of variables the set, together with earlier lists.
-
-        Returns:
-          Those that can be averaged.
 
         Raises:
           ValueError: if none of them can be averaged, or a model is followed already.
@@ -343,16 +343,17 @@ class VariableSelection:
                 " one or the other."
             )
         self.is_fixed = True
-        return chosen
+        for variable in chosen:
+            self.given[variable] = None
 
     def wanted(self) -> List[tf.Variable]:
-        """The variables that should have averages now; none of its own accord where a list was given.
+        """The variables that should have averages now.
 
         Raises:
           ValueError: if variables beside the trained ones are wanted, and no model is followed.
         """
         if self.is_fixed:
-            return []
+            return list(self.given)
         if self.model is None:
             if self.trained and not self.trainable_only:
                 raise ValueError(

@@ -59,6 +59,7 @@ class CheckpointForm:
         # What the inner optimizer was restored from, and into; None before that.
         self._restored: predecessors.Restored = predecessors.Restored(None, None)
         self.unmatched = positions.Unmatched(self._take_unmatched)
+        self._warned_of: Optional[positions.Position] = None
 
     def children(self, attributes: Dict[str, Any]) -> Dict[str, Any]:
         """The children by name.
@@ -129,7 +130,12 @@ class CheckpointForm:
             strategy = core_variables.strategy_of(optimizer._tf_variables(variables)[0])
             with contextlib.nullcontext() if strategy is None else strategy.scope():
                 optimizer.build(variables)
-        elif inner is optimizer.inner_optimizer and optimizer._inner_waits():
+        elif (
+            inner is optimizer.inner_optimizer
+            and self._warned_of is not position
+            and optimizer._inner_waits()
+        ):
+            self._warned_of = position
             warnings.warn(
                 "A checkpoint was restored, and its values for variables of the inner optimizer wait "
                 "until those are created: they are missing here. Call `optimizer.build(variables)` "
@@ -291,7 +297,7 @@ class AveragesNode(tf.__internal__.tracking.Trackable):
         for name, position in self._pending.items():
             value = positions.take_value(position, variables[name])
             if name == "swapped":  # Version 0.1 stored a vector of length 0 or 1.
-                status.set_swapped_everywhere(bool(np.any(value)))
+                self._averages.set_swapped(bool(np.any(value)))
             else:
                 self._averages.begin(int(value))
         self._pending = {}
