@@ -512,9 +512,7 @@ class TestWhileSwapped:
     def test_before_the_first_update_too(self):
         with tf.distribute.get_strategy().scope():
             model, optimizer, layer = trained(tf.distribute.get_strategy())
-        optimizer.set_weights(
-            [np.int64(0) if "num_averaged" in v.name else v.numpy() for v in optimizer.variables]
-        )
+        optimizer.reset_averages()
         with optimizer.swapped_weights():
             tfav.update_batch_norm(model, X / 300, verbose=0)
             recomputed = statistics(layer)

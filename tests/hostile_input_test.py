@@ -133,13 +133,17 @@ def test_config_that_names_no_optimizer(inner):
         tfav.SWA.from_config(config)
 
 
-@pytest.mark.parametrize("name", ["iteration", "num_averaged", "first_step"])
+@pytest.mark.parametrize("name", ["iteration", "clocks", "first_step"])
 def test_number_that_fits_no_variable_changes_nothing(name):
     optimizer = tfav.SWA(CURRENT.SGD(1.0), 0, 1)
     testing_utils.trained_variable(optimizer)
     before = state_of(optimizer)
     weights = [
-        np.uint64(2**63 + 5) if name in v.name else v.numpy() + 1 if v.dtype == tf.int64 else v.numpy()
+        np.full(v.shape, 2**63 + 5, np.uint64)
+        if name in v.name
+        else v.numpy() + (v.dtype == tf.int64)
+        if v.dtype != tf.bool
+        else v.numpy()
         for v in optimizer.variables
     ]
     with pytest.raises(ValueError, match="Expected"):

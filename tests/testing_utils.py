@@ -109,9 +109,11 @@ def averaging(optimizer) -> tfav.AveragedOptimizerWrapper:
 def count_as(optimizer, updates: int) -> None:
     """Makes the averages, which hold at least one update, hold this many."""
     optimizer.update_average()
-    optimizer.set_weights(
-        [np.int64(updates) if "num_averaged" in v.name else v.numpy() for v in optimizer.variables]
-    )
+    weights = [variable.numpy() for variable in optimizer.variables]
+    for value, variable in zip(weights, optimizer.variables):
+        if "clocks" in variable.name:
+            value[1] = updates
+    optimizer.set_weights(weights)
 
 
 class Run(NamedTuple):
