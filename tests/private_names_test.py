@@ -97,6 +97,20 @@ def test_legacy_optimizers_create_their_state_on_request():
     assert optimizer._initial_decay == 0.0
 
 
+def test_legacy_optimizers_compute_and_sum_gradients_by_these_names(mirrored_strategy):
+    optimizer = tf_keras.optimizers.legacy.SGD(1.0)
+    variable = tf.Variable(3.0)
+    ((gradient, of),) = optimizer._compute_gradients(lambda: variable**2, [variable])
+    assert (gradient, of) == (6.0, variable)
+    with mirrored_strategy.scope():
+        mirrored = tf.Variable(3.0)
+    summed = mirrored_strategy.run(
+        lambda: optimizer._aggregate_gradients([(tf.constant(1.0), mirrored)])[0][0]
+    )
+    replicas = mirrored_strategy.num_replicas_in_sync
+    assert all(value == replicas for value in mirrored_strategy.experimental_local_results(summed))
+
+
 def test_learning_rate_schedule_is_kept_where_callbacks_look():
     schedule = tf_keras.optimizers.schedules.ExponentialDecay(0.1, 10, 0.5)
     for generation in (tf_keras.optimizers, tf_keras.optimizers.legacy):
@@ -111,7 +125,8 @@ def test_checkpoint_takes_the_averages_for_slots(tmp_path):
     path = tf.train.Checkpoint(variable=variable, optimizer=optimizer).save(tmp_path / "ckpt")
     keys = [key for key, _ in tf.train.list_variables(path)]
     assert "variable/.OPTIMIZER_SLOT/optimizer/averages/average/.ATTRIBUTES/VARIABLE_VALUE" in keys
-    assert "optimizer/averages/num_averaged/.ATTRIBUTES/VARIABLE_VALUE" in keys
+    assert "variable/.OPTIMIZER_SLOT/optimizer/averages/clock/.ATTRIBUTES/VARIABLE_VALUE" in keys
+    assert "optimizer/averages/swapped/.ATTRIBUTES/VARIABLE_VALUE" in keys
     assert "get_slot_names" not in dir(optimizer)
 
 
@@ -235,5 +250,8 @@ def test_restore_hands_over_what_it_cannot_match(tmp_path):
 
 def test_loss_scale_optimizer_says_what_it_is_around():
     optimizer = tfav.SWA(tf_keras.optimizers.SGD())
-    tf_keras.mixed_precision.LossScaleOptimizer(optimizer)
+    outer = tf_keras.mixed_precision.LossScaleOptimizer(optimizer)
     assert optimizer._is_wrapped_by_loss_scale_optimizer
+    loss_scale = tf_keras.optimizers.Optimizer._lookup_dependency(optimizer, "loss_scale")
+    assert loss_scale.current_loss_scale == outer.loss_scale
+    assert loss_scale.counter == outer.dynamic_counter
