@@ -141,6 +141,37 @@ def test_weight_of_one_forgets_whatever_the_average_was(value, as_function):
     assert average_of(optimizer, variable) == 3.0
 
 
+@modes()
+@pytest.mark.parametrize("cls", [tfav.ExponentialMovingAverage, tfav.SWA])
+def test_updates_by_hand_alone_warm_up_as_in_training(options, cls):
+    decay = {"average_decay": 0.999} if cls is tfav.ExponentialMovingAverage else {}
+    scheme = numpy_averages.ema(0.999) if decay else numpy_averages.swa()
+    variable = tf.Variable(1.0)
+    optimizer = cls(LEGACY.SGD(1.0), average_period=None, **decay)
+    optimizer.shadow_copy([variable])
+    step = as_step(options, optimizer, [variable], [-1.0])
+    update = optimizer.update_average if options is None else tf.function(optimizer.update_average)
+    for _ in range(100):
+        update()
+        step()
+    assert optimizer.num_averaged == 100
+    # The first update starts from the weights at the call.
+    expected = numpy_averages.expected_average(scheme, [1.0, *np.arange(1.0, 101.0)])
+    np.testing.assert_allclose(average_of(optimizer, variable), expected, rtol=1e-6)
+    assert type(optimizer).from_config(optimizer.get_config()).average_period is None
+
+
+def test_numbers_by_hand_are_those_of_training():
+    """The decay that ends at 0.999 has warmed up to 0.991 after a thousand updates: 900.0, not 999.9."""
+    variable = tf.Variable(0.0)
+    optimizer = tfav.ExponentialMovingAverage("sgd", average_decay=0.999, average_period=None)
+    optimizer.shadow_copy([variable])
+    for value in range(1, 1001):
+        variable.assign(value)
+        optimizer.update_average()
+    np.testing.assert_allclose(average_of(optimizer, variable), 900.0, atol=0.05)
+
+
 SCHEMES = st.one_of(
     st.builds(numpy_averages.swa, st.integers(0, 6), st.integers(1, 3)),
     st.builds(

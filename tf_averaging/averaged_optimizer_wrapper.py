@@ -59,7 +59,8 @@ class AveragedOptimizerWrapper:
         `tf_keras.optimizers.legacy.Optimizer`, the name of one, or its config dict.
       name: name of this optimizer.
       start_averaging: int >= 0, the first step (counted from 0) on which an update is due.
-      average_period: int >= 1, the number of steps from one update to the next.
+      average_period: int >= 1, the number of steps from one update to the next. None: no updates but
+        those by hand (`update_average`), each of which counts as a step.
       trainable_weights_only: if False, all floating-point and complex variables of the model are averaged
         (statistics of BatchNormalization too), and `shadow_copy(model)` must be called before training.
       average_dtype: dtype of the averages of real variables, where it is wider than the variable's own.
@@ -91,7 +92,7 @@ class AveragedOptimizerWrapper:
         name: str = "AveragedOptimizerWrapper",
         *,
         start_averaging: int = 0,
-        average_period: int = 1,
+        average_period: Optional[int] = 1,
         trainable_weights_only: bool = True,
         average_dtype: Union[None, str, tf.DType] = None,
         jit_compile: Union[bool, str] = "auto",
@@ -106,7 +107,9 @@ class AveragedOptimizerWrapper:
             unclaimed.check,
             core_variables.VariableSelection(trainable_weights_only, self._tf_variables),
             checked_count("start_averaging", start_averaging, minimum=0),
-            checked_count("average_period", average_period, minimum=1),
+            None
+            if average_period is None
+            else checked_count("average_period", average_period, minimum=1),
             self.averaging_weight,
             self.average_op if faces.overrides(type(self), "average_op") else None,
         )
@@ -414,8 +417,8 @@ class AveragedOptimizerWrapper:
         return self._averages.begins_at(self._updates.start)
 
     @property
-    def average_period(self) -> int:
-        """The number of steps from one update to the next."""
+    def average_period(self) -> Optional[int]:
+        """The number of steps from one update to the next; None for updates by hand alone."""
         return self._updates.period
 
     @property

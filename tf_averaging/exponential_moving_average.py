@@ -55,8 +55,8 @@ class ExponentialMovingAverage(averaged_optimizer_wrapper.AveragedOptimizerWrapp
       start_step: int >= 0, the first step that is averaged.
       dynamic_decay: whether the decay warms up.
       name: name of the optimizer.
-      **options: `average_period` (int >= 1, the number of steps from one update to the next; default 1)
-        and others; see `AveragedOptimizerWrapper`.
+      **options: `average_period` (int >= 1, the number of steps from one update to the next; None for
+        updates by hand alone; default 1) and others; see `AveragedOptimizerWrapper`.
 
     Raises:
       TypeError: if `average_decay` is neither a number nor a schedule; see `AveragedOptimizerWrapper`.

@@ -15,7 +15,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Dict
+from typing import Any, Dict, Optional
 
 import numpy as np
 import tensorflow as tf
@@ -47,7 +47,8 @@ class SWA(averaged_optimizer_wrapper.AveragedOptimizerWrapper):
     Args:
       optimizer: the inner optimizer; see `AveragedOptimizerWrapper`.
       start_averaging: int >= 0, the step of the first snapshot.
-      average_period: int >= 1, the number of steps from one snapshot to the next.
+      average_period: int >= 1, the number of steps from one snapshot to the next; None for snapshots by
+        hand alone (`update_average`).
       name: name of the optimizer.
       sequential_update: accepted and kept in the config, without effect: TensorFlow 2 orders the update
         after the step by itself.
@@ -64,7 +65,7 @@ class SWA(averaged_optimizer_wrapper.AveragedOptimizerWrapper):
         self,
         optimizer: Any,
         start_averaging: int = 0,
-        average_period: int = 10,
+        average_period: Optional[int] = 10,
         name: str = "SWA",
         sequential_update: bool = True,
         **options,

@@ -208,6 +208,8 @@ class SwapAverageWeights(averaging_callback.AveragingCallback):
             if not optimizer.start_was_set:
                 optimizer.begin_averaging(step + max(self.begin_epoch - epoch, 0) * steps)
             self.model.make_train_function(force=True)  # One traced before may know another start.
+        if optimizer.average_period is None:
+            return  # Updates are made by hand.
         start = optimizer.start_averaging
         if optimizer.num_averaged == 0 and step > start:
             logging.warning(

@@ -39,7 +39,7 @@ class Updates:
       check: called before a step; raises if it must not be taken yet.
       selection: which variables have averages.
       start: the first step on which an update is due, unless the averages know another one.
-      period: the number of steps from one update to the next.
+      period: the number of steps from one update to the next; None for no updates but those by hand.
       averaging_weight: gets for each average how many steps ago it began and how many updates it holds
         (int64 vectors), and returns how much the weights count, in any shape and float dtype that
         broadcasts to that.
@@ -51,7 +51,7 @@ class Updates:
     check: Callable[[], None]
     selection: VariableSelection
     start: int
-    period: int
+    period: Optional[int]
     averaging_weight: Callable[[tf.Tensor, tf.Tensor], tf.Tensor]
     average_op: Optional[Callable[[tf.Tensor, tf.Tensor], tf.Tensor]] = None
     weight: Optional[Callable[[], tf.Tensor]] = None
@@ -87,17 +87,23 @@ class Updates:
         due = self.is_due(step, moves_weights)
         assert self.averages.status is not None
         with after(self.averages.status.check_not_swapped()):
-            begun = self.averages.once(lambda: self._begin(due, step, self._first_update_forgets))
+            begun: List[tf.Tensor] = []
+            if due is not False:
+                begun = self.averages.once(lambda: self._begin(due, step, self._first_update_forgets))
             with after(*begun):
                 # Each gradient waits by itself. Keras's sum over replicas, an operation of all gradients,
                 # would wait otherwise, and with it all updates for the last gradient.
                 result = take_step([_waiting(gradient) for gradient in gradients])
-        with after(result):
-            self.averages.once(lambda: self._fold(due, step, self.averaging_weight, self.average_op))
+        if due is not False:
+            with after(result):
+                self.averages.once(lambda: self._fold(due, step, self.averaging_weight, self.average_op))
         return result
 
     def by_hand(self, weight: Any, step: tf.Tensor) -> None:
-        """Updates the averages now, as for the step after `step` others, or with a weight (number)."""
+        """Updates the averages now, as for the step after `step` others, or with a weight (number).
+
+        If there are no other updates, each one counts as a step.
+        """
         checked = None if weight is None else _check_in_range(weight)
         averaging_weight = (
             self.averaging_weight
@@ -146,10 +152,14 @@ class Updates:
 
     def due_in(self, steps: int) -> int:
         """How many updates are due in the first `steps` steps."""
+        if self.period is None:
+            return 0
         return max((steps - 1 - int(self.averages.begins_at(self.start))) // self.period + 1, 0)
 
     def is_due(self, step: tf.Tensor, moves_weights: Union[bool, tf.Tensor]) -> Union[bool, tf.Tensor]:
         """Whether an update is due after `step` others: a bool where that is known while tracing."""
+        if self.period is None:
+            return False
         start = self.averages.begins_at(self.start)
         conditions = [] if moves_weights is True else [moves_weights]
         if isinstance(start, tf.Tensor) or start > 0:
@@ -212,7 +222,8 @@ class Updates:
         def weights() -> tf.Tensor:
             with status.device():
                 updates = status.updates()
-                weight = _checked_weight(averaging_weight(status.steps(step), updates), updates.shape)
+                steps = updates if self.period is None else status.steps(step)
+                weight = _checked_weight(averaging_weight(steps, updates), updates.shape)
                 return for_each_pair(tf.broadcast_to(weight, tf.shape(updates)), places)
 
         def new_value(place, value, average) -> tf.Tensor:
