@@ -100,7 +100,7 @@ class AveragedOptimizerWrapper:
     ):
         if not isinstance(name, str):
             raise TypeError(f"Expected `name` to be a string. Received: name={name!r}")
-        averages = Averages(average_dtype, jit_compile)
+        averages = Averages(average_dtype, jit_compile, name)
         unclaimed = Unclaimed(averages)
         updates = Updates(
             averages,

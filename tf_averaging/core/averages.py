@@ -76,6 +76,7 @@ class Averages:
       average_dtype: a floating-point dtype for averages of variables that are narrower; None for float32
         averages of float16 and bfloat16 variables.
       jit_compile: whether XLA compiles the update: `"auto"` for large variables, or a bool.
+      name: the names of all variables here begin with it.
       slots: what is kept for each variable.
       status: clocks, count and flag; None until there are slots.
       when_added: called with the variables that got averages, whoever asked for them.
@@ -85,6 +86,7 @@ class Averages:
 
     average_dtype: Optional[tf.DType] = None
     jit_compile: Union[bool, str] = "auto"
+    name: str = "averages"
     slots: VariableMap[Slots] = dataclasses.field(default_factory=VariableMap)
     status: Any = None  # A `Status`.
     when_added: List[Callable[[List[tf.Variable]], None]] = dataclasses.field(default_factory=list)
@@ -130,15 +132,15 @@ class Averages:
     def create_status(self, like: Optional[tf.Variable]) -> Status:
         """Returns the status, created where `like` lives if there is none yet."""
         if self.status is None:
-            self.status = Status(like, self._first_step)
+            self.status = Status(like, self._first_step, self.name)
         return self.status
 
     def _create_slots(self, variable: tf.Variable, kind: str) -> Slots:
         dtype = core_variables.stored_dtype(variable)
         average_dtype = self.average_dtype_of(dtype) if kind == "average" else dtype
-        average = core_variables.create_slot(variable, average_dtype, "average")
+        average = core_variables.create_slot(variable, average_dtype, self.name, "average")
         has_stash = average_dtype != dtype
-        stash = core_variables.create_slot(variable, dtype, "stash") if has_stash else None
+        stash = core_variables.create_slot(variable, dtype, self.name, "stash") if has_stash else None
         return Slots(variable, kind, average, stash)
 
     def average_dtype_of(self, dtype: tf.DType) -> tf.DType:

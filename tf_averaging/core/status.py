@@ -109,19 +109,20 @@ class Status:
         does not run.
     """
 
-    def __init__(self, like: tf.Variable, first_step: int = NOT_SET):
-        """Creates the variables where `like` lives."""
+    def __init__(self, like: tf.Variable, first_step: int, name: str):
+        """Creates the variables where `like` lives; their names begin with `name`."""
+        self._name = name
         self.first_step = core_variables.create_like(
-            like, lambda: tf.constant(first_step, tf.int64), "first_step"
+            like, lambda: tf.constant(first_step, tf.int64), f"{name}/first_step"
         )
-        self.swapped = core_variables.create_like(like, lambda: tf.zeros([], tf.bool), "swapped")
+        self.swapped = core_variables.create_like(like, lambda: tf.zeros([], tf.bool), f"{name}/swapped")
         self.guard: Optional[tf.Variable] = None
         self.section: Optional[tf.CriticalSection] = None
         if core_variables.is_on_parameter_server(core_variables.components(like)[0]):
             self.section = core_variables.create_section(self.first_step)
         else:
             self.guard = core_variables.create_like(
-                like, lambda: tf.zeros([0], tf.bool), "guard", shape=tf.TensorShape([None])
+                like, lambda: tf.zeros([0], tf.bool), f"{name}/guard", shape=tf.TensorShape([None])
             )
         self._batches: List[_Batch] = []
         self._unplaced: VariableMap[Clock] = VariableMap()
@@ -181,7 +182,7 @@ class Status:
         if not self._unplaced:
             return
         values = np.array(list(self._unplaced.values()), np.int64).T
-        name = f"clocks_{len(self._batches)}"  # `.h5` files need names that differ.
+        name = f"{self._name}/clocks_{len(self._batches)}"  # `.h5` files need names that differ.
         clocks = core_variables.create_like(self.first_step, lambda: tf.constant(values), name)
         places = VariableMap((variable, place) for place, variable in enumerate(self._unplaced))
         self._batches.append(_Batch(places, clocks))

@@ -414,7 +414,7 @@ def create_like(like: tf.Variable, value: Callable[[], tf.Tensor], name: str, sh
         )
 
 
-def create_slot(variable: tf.Variable, dtype: tf.DType, name: str) -> tf.Variable:
+def create_slot(variable: tf.Variable, dtype: tf.DType, owner: str, kind: str) -> tf.Variable:
     """Creates a variable shaped, placed, distributed and set like `variable`, on each replica."""
 
     def value() -> tf.Tensor:
@@ -423,7 +423,7 @@ def create_slot(variable: tf.Variable, dtype: tf.DType, name: str) -> tf.Variabl
     with _creation_scope(variable):
         slot = tf.Variable(
             value,
-            name=f"{variable.name.split(':')[0]}/{name}",
+            name=f"{owner}/{variable.name.split(':')[0]}/{kind}",
             shape=variable.shape,
             dtype=dtype,
             trainable=False,

@@ -34,6 +34,7 @@ from tf_averaging.core.status import NOT_SET
 from tf_averaging.core.status import Clock
 from tf_averaging.core.status import checked_count
 from tf_averaging.core.variables import VariableMap
+from tf_averaging.saving import predecessors
 from tf_averaging.saving.unclaimed import SavedAverage
 
 if TYPE_CHECKING:
@@ -57,19 +58,19 @@ class OptimizerState:
     """
 
     def __init__(self, optimizer: AveragedOptimizerWrapper):
-        selection = optimizer._updates.selection
+        self.selection = optimizer._updates.selection
         self.averages: Averages = optimizer._averages
-        self.averages.order(selection.in_order())
+        self.averages.order(self.selection.in_order())
         # The last `inner_slots` of them are one for each trained variable, once or several times.
         self.inner, self.inner_slots = optimizer._inner_state()
+        self.nested: Optional[Averages] = getattr(optimizer.inner_optimizer, "_averages", None)
         self.unclaimed = optimizer._unclaimed
         self.own: List[tf.Variable] = optimizer._own_variables()
-        self.trained: List[tf.Variable] = list(selection.trained)
-        self.is_fixed_set = selection.is_fixed
-        self.averages_others = not selection.trainable_only
+        self.trained: List[tf.Variable] = list(self.selection.trained)
         self.start = optimizer._updates.start
         self.loss_scale: List[tf.Variable] = optimizer._loss_scale()
         self.name_of = optimizer._variable_name
+        self.schemes = [cls.__name__ for cls in type(optimizer).__mro__]
 
     # As a list.
 
@@ -96,7 +97,7 @@ class OptimizerState:
         first, last = len(self.inner), len(arrays) - len(self.own)
         rest = list(arrays[first:last])
         averaged = self.averages.averaged()
-        if not averaged and not (self.averages_others and self.trained and rest):
+        if not averaged and (self.selection.trainable_only or not (self.trained and rest)):
             variables = self.variables()
             self._assign(variables, all_checked(arrays, variables))
             return
@@ -150,26 +151,26 @@ class OptimizerState:
         of_known = [places.get(slots.variable, -1) for slots in averaged]
         store["averages_of"] = np.array(of_known + [-1] * len(unclaimed), np.int64)
         store["has_stash"] = np.array([slots.stash is not None for slots in kept])
-        store["is_fixed_set"] = np.array(self.is_fixed_set)
+        store["is_fixed_set"] = np.array(self.selection.is_fixed)
         clocks = [self.averages.status.clock(slots.variable) for slots in averaged]
         clocks += [saved.clock for saved in unclaimed]
         store["clocks"] = np.array(clocks, np.int64).reshape(len(clocks), 2).T
-        names = json.dumps(list(map(self.name_of, self.trained)))
-        store["names"] = np.frombuffer(names.encode(), np.uint8)
+        about = {"scheme": self.schemes[0], "names": list(map(self.name_of, self.trained))}
+        store["about"] = np.frombuffer(json.dumps(about).encode(), np.uint8)
         for index, variable in enumerate(self.loss_scale):
             store[f"loss_scale_{index}"] = variable.numpy()
 
-    def load(self, store) -> bool:
+    def load(self, store) -> None:
         """Reads what `save` wrote, or version 0.1, or an optimizer without averages.
 
-        Returns whether the file says that a list of variables is averaged. What does not fit is a
-        ValueError, and nothing is changed then.
+        What does not fit is a ValueError, and nothing is changed then.
         """
         arrays = [store[str(index)] for index in range(sum(key.isdigit() for key in _keys(store)))]
         if "averages_of" not in _keys(store):
             self._load_plain(arrays)
-            return self.is_fixed_set
-        moved = self._moved(store)
+            return
+        about = json.loads(np.asarray(store["about"]).tobytes()) if "about" in _keys(store) else {}
+        moved = self._moved(list(map(str, about.get("names", []))))
         first, last = len(self.inner), len(arrays) - len(self.own)
         inner = self._with_slots_moved(arrays[:first], moved)
         checked = all_checked([*inner, *arrays[last:]], self.inner + self.own)
@@ -177,14 +178,14 @@ class OptimizerState:
         checked_scale = all_checked([store[f"loss_scale_{i}"] for i in range(len(scale))], scale)
         saved = self._saved_averages(store, arrays[first:last], moved)
 
-        is_fixed_set = self.is_fixed_set if saved is None else bool(np.asarray(store["is_fixed_set"]))
         if saved is None:
             self.averages.start_over()
         else:
-            self._load_averages(*saved, is_fixed_set)
+            self._load_averages(*saved, bool(np.asarray(store["is_fixed_set"])))
         self._assign(self.inner + self.own, checked)
         self._assign(scale, checked_scale)
-        return is_fixed_set
+        if about.get("scheme", self.schemes[0]) not in self.schemes:
+            predecessors.warn_of_other_scheme(about["scheme"], self.schemes[0])
 
     def _saved_averages(
         self, store, arrays: Sequence[Any], moved: Sequence[int]
@@ -237,16 +238,11 @@ class OptimizerState:
         others += [SavedAverage(as_number(array), None, self._clock(None, 0, head)) for array in rest]
         return head, of_trained, others
 
-    def _moved(self, store) -> List[int]:
+    def _moved(self, names: List[str]) -> List[int]:
         """For each trained variable of the file its place now: steps may have met them in another order.
 
         Version 0.1 and a model built anew have other names. The order is what they have in common then.
         """
-        names = (
-            [str(n) for n in json.loads(np.asarray(store["names"]).tobytes())]
-            if "names" in _keys(store)
-            else []
-        )
         names_now = list(map(self.name_of, self.trained))
         if sorted(names) != sorted(names_now):
             return list(range(len(names_now)))
@@ -265,11 +261,11 @@ class OptimizerState:
         return in_order
 
     def _load_averages(self, head: Head, of_trained, others, is_fixed_set: bool) -> None:
-        averages = self.averages
-        trained = VariableMap((variable, None) for variable in self.trained)
+        averages, trained = self.averages, VariableMap((variable, None) for variable in self.trained)
         untrained = [v for v in averages.slots if v not in trained]
         if is_fixed_set:
             averages.keep_only([variable for variable, _ in of_trained] + untrained)
+        self.selection.is_fixed = is_fixed_set
         averages.add([variable for variable, _ in of_trained])
         averages.order(self.trained)
         averages.start_over()
@@ -291,6 +287,8 @@ class OptimizerState:
     def _assign(self, variables: Sequence[tf.Variable], arrays: Sequence[np.ndarray]) -> None:
         for variable, array in zip(variables, arrays):
             variable.assign(tf.cast(array, variable.dtype))
+        if self.nested is not None and self.nested.status is not None:
+            self.nested.set_swapped(bool(self.nested.is_swapped()))  # The guard is not among them.
 
 
 def _values(kept: Sequence[Any]) -> List[Any]:
@@ -344,8 +342,8 @@ def load(optimizer: AveragedOptimizerWrapper, store) -> None:
         warnings.warn(message, stacklevel=3)
         return
     try:
-        optimizer._updates.selection.is_fixed = OptimizerState(optimizer).load(store)
-    except (KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
+        OptimizerState(optimizer).load(store)
+    except (AttributeError, KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
         warnings.warn(
             f"The state of optimizer {optimizer.name!r} was not loaded, and is left as it is, since the "
             f"one in the file does not fit it: {error}",

@@ -22,7 +22,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import warnings
-from typing import TYPE_CHECKING, Any, Callable, Dict, Iterable, List, Optional
+from typing import TYPE_CHECKING, Any, Callable, Dict, Iterable, List, Optional, Sequence
 
 import numpy as np
 import tensorflow as tf
@@ -53,7 +53,10 @@ class CheckpointForm:
 
     def __init__(self, optimizer: AveragedOptimizerWrapper):
         self.node = AveragesNode(
-            optimizer._averages, lambda: int(optimizer.start_averaging), optimizer._tf_variables
+            optimizer._averages,
+            lambda: int(optimizer.start_averaging),
+            optimizer._tf_variables,
+            [cls.__name__ for cls in type(optimizer).__mro__],
         )
         self._optimizer = optimizer
         # What the inner optimizer was restored from, and into; None before that.
@@ -162,6 +165,7 @@ class AveragesNode(tf.__internal__.tracking.Trackable):
       averages: the averages.
       start: returns the first step that is averaged. Averages count from it if the file has no clocks.
       tf_variables: makes TensorFlow's variables of a model's.
+      schemes: the name of the scheme that keeps the averages, and those of its base classes.
     """
 
     SLOT_NAMES = ("average", "stash", "exchanged", "clock")
@@ -171,14 +175,17 @@ class AveragesNode(tf.__internal__.tracking.Trackable):
         averages: Averages,
         start: Callable[[], int],
         tf_variables: Callable[[Iterable], List[tf.Variable]],
+        schemes: Sequence[str],
     ):
         self._averages = averages
         self._start = start
         self._tf_variables = tf_variables
+        self._schemes = schemes
+        self._scheme = _Value(lambda: tf.constant(schemes[0]))
         self._sharded_slots: Dict[str, VariableMap[ShardedVariable]] = {
             name: VariableMap() for name in self.SLOT_NAMES
         }
-        self._clock_slots: VariableMap[_ClockSlot] = VariableMap()
+        self._clock_slots: VariableMap[_Value] = VariableMap()
         self._unmatched = positions.Unmatched(self._take_unmatched)
         # Values of the status that came before there was one, by name.
         self._pending: Dict[str, positions.Position] = {}
@@ -200,7 +207,7 @@ class AveragesNode(tf.__internal__.tracking.Trackable):
         is_here = threading.get_ident() == self._thread
         if save_type == "checkpoint" and tf.executing_eagerly() and is_here:
             self._averages.refresh()
-        return self._status_variables()
+        return {**self._status_variables(), "scheme": self._scheme}
 
     def _status_variables(self) -> Dict[str, tf.Variable]:
         status = self._averages.status
@@ -236,9 +243,9 @@ class AveragesNode(tf.__internal__.tracking.Trackable):
             kept[variable.variables[0]] = ShardedVariable(shards)
         return kept[variable.variables[0]]
 
-    def _clock_slot(self, variable: tf.Variable) -> _ClockSlot:
+    def _clock_slot(self, variable: tf.Variable) -> _Value:
         if variable not in self._clock_slots:
-            self._clock_slots[variable] = _ClockSlot(lambda: self._averages.status.clock_value(variable))
+            self._clock_slots[variable] = _Value(lambda: self._averages.status.clock_value(variable))
         return self._clock_slots[variable]
 
     # What is restored.
@@ -275,9 +282,14 @@ class AveragesNode(tf.__internal__.tracking.Trackable):
         return self._unmatched
 
     def _take_unmatched(self, name: str, position: positions.Position) -> bool:
-        if name not in ("num_averaged", "swapped", "first_step"):
+        if name not in ("num_averaged", "swapped", "first_step", "scheme"):
             return False
         self.start_restore(position.restore_uid)
+        if name == "scheme":
+            scheme = positions.take_value(position, self._scheme).numpy().decode()
+            if scheme not in self._schemes:
+                predecessors.warn_of_other_scheme(scheme, self._schemes[0])
+            return True
         if name == "num_averaged":  # `_clock_in` reads it.
             positions.pass_over(position, self._common_count)
             return True
@@ -403,26 +415,26 @@ class AveragesNode(tf.__internal__.tracking.Trackable):
                     _assign(slot, value)
 
 
-class _ClockSlot(tf.__internal__.tracking.Trackable):
-    """The clock of one variable, which is a part of a vector, as a value of its own in a file.
+class _Value(tf.__internal__.tracking.Trackable):
+    """What is no variable, but saved like one: the clock of one average, the name of the scheme.
 
     Args:
-      clock: returns it, int64 of shape [2].
+      value: returns it, a tensor.
     """
 
-    def __init__(self, clock: Callable[[], tf.Tensor]):
-        self._clock = clock
+    def __init__(self, value: Callable[[], tf.Tensor]):
+        self._value = value
 
     def _serialize_to_tensors(self):
-        return {positions.VALUE: self._clock()}
+        return {positions.VALUE: self._value()}
 
     def _restore_from_tensors(self, restored_tensors):
         raise NotImplementedError("The node of the averages restores it.")
 
     def _copy_trackable_to_cpu(self, object_map):
         if self not in object_map:
-            object_map[self] = tf.Variable(self._clock(), trainable=False)
-        object_map[self].assign(self._clock())
+            object_map[self] = tf.Variable(self._value(), trainable=False)
+        object_map[self].assign(self._value())
 
 
 def _assign(slot: tf.Variable, value: tf.Tensor) -> None:

@@ -95,12 +95,17 @@ def _check_scheme(owner: positions.Owner, predecessor_names: Sequence[str]) -> N
         names = {"ExponentialMovingAverage"}
     others = names & {"SWA", "MovingAverage", "ExponentialMovingAverage"} - set(predecessor_names)
     if predecessor_names and others:
-        warnings.warn(
-            f"The averages in the checkpoint were kept by {others.pop()}. Expected those of "
-            f"{' or '.join(predecessor_names)}: they are restored as they are, and from now on averaged "
-            "in another way. The number of updates in them is what this optimizer would have made.",
-            stacklevel=3,
-        )
+        warn_of_other_scheme(others.pop(), " or ".join(predecessor_names))
+
+
+def warn_of_other_scheme(found: str, expected: str) -> None:
+    """Warns that averages which were kept in one way were restored, and will be kept in another."""
+    warnings.warn(
+        f"The averages in the file were kept by {found}. Expected those of {expected}: they are restored "
+        "as they are, with the number of updates in them, and from now on averaged in another way. "
+        "`reset_averages()` starts anew from the weights.",
+        stacklevel=5,
+    )
 
 
 class WithoutState(tf.__internal__.tracking.Trackable):
