@@ -292,6 +292,61 @@ class TestSwappedWeights:
         assert optimizer.weights_swapped
 
 
+class TestTwoOptimizersOverOneVariable:
+    @pytest.fixture
+    def two(self, strategy):
+        """Two optimizers whose averages of one variable differ from it and from each other."""
+        optimizer, variables = trained(strategy)
+        with strategy.scope():
+            other = tfav.ExponentialMovingAverage(CURRENT.SGD(1.0))
+        other.shadow_copy(variables)
+        other.update_average()
+        for variable in variables:
+            variable.assign(variable * 2)
+        return optimizer, other, variables
+
+    @pytest.mark.parametrize("as_function", [False, True])
+    def test_one_swap_at_a_time(self, two, as_function):
+        optimizer, other, variables = two
+        before = bits(variables)
+        swap = tf.function(other.swap_weights) if as_function else other.swap_weights
+        optimizer.swap_weights()
+        shown = bits(variables)
+        with pytest.raises(tf.errors.InvalidArgumentError, match="another averaging optimizer"):
+            swap()
+        assert bits(variables) == shown
+        assert not other.weights_swapped
+        optimizer.swap_weights()
+        swap()
+        swap()
+        assert bits(variables) == before
+
+    def test_one_that_is_gone_hinders_nobody(self):
+        variables = [tf.Variable([1.0, 2.0])]
+        optimizer, other = tfav.SWA(CURRENT.SGD(0.5), 0, 1), tfav.SWA(CURRENT.SGD(0.5), 0, 1)
+        descend(optimizer, variables)
+        other.shadow_copy(variables)
+        other.update_average()
+        descend(optimizer, variables)
+        optimizer.swap_weights()
+        before = bits(variables)
+        del optimizer
+        with other.swapped_weights():
+            assert bits(variables) != before
+        assert bits(variables) == before
+
+    def test_nested(self):
+        inner = tfav.ExponentialMovingAverage(CURRENT.SGD(1.0))
+        outer = tfav.SWA(inner, 0, 1)
+        variable = tf.Variable(3.0)
+        testing_utils.descend(outer, [variable])
+        for first, second in [(inner, outer), (outer, inner)]:
+            error = pytest.raises(tf.errors.InvalidArgumentError, match="another")
+            with first.swapped_weights(), error:
+                second.swap_weights()
+        assert variable.numpy() == 2.0
+
+
 def test_before_the_first_update_the_averages_are_the_weights(strategy):
     with strategy.scope():
         variable = tf.Variable([1.0, 2.0])

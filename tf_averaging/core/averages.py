@@ -17,7 +17,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from typing import Any, Callable, Iterable, List, Optional, Sequence, Tuple, TypeVar, Union
+import gc
+import weakref
+from typing import Any, Callable, Iterable, Iterator, List, Optional, Sequence, Tuple, TypeVar, Union
 
 import numpy as np
 import tensorflow as tf
@@ -41,6 +43,15 @@ ASSIGN_WHILE_SWAPPED_ERROR = (
     "The averages are in the model already (`weights_swapped` is True), and the weights are in the "
     "slots: they would be lost. Call `swap_weights()` first."
 )
+
+
+SWAPPED_BY_ANOTHER_ERROR = (
+    "The averages of another averaging optimizer are in variables that this one averages too: swaps that "
+    "interleave would bring back the wrong weights. Call `swap_weights()` of that one first."
+)
+
+# All averages that exist: two sets of them may share variables.
+_ALL: weakref.WeakSet[Averages] = weakref.WeakSet()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,6 +107,7 @@ class Averages:
     def __post_init__(self):
         self.average_dtype = _checked_average_dtype(self.average_dtype)
         self.jit_compile = _checked_jit_compile(self.jit_compile)
+        _ALL.add(self)
         self.contexts = SwappedContexts(lambda: bool(self.is_swapped()), lambda: self.once(self.swap))
 
     def __len__(self) -> int:
@@ -285,12 +297,28 @@ class Averages:
 
     def swap(self) -> None:
         """Exchanges weights and averages. Ctrl-C finds either all variables exchanged or none."""
-        refreshed = self.refresh()
+        refreshed = [*self._check_others(), *self.refresh()]
         if tf.executing_eagerly() and not core_variables.in_replica_context():
             exchange.finish(self._exchange)
             return
         with core_variables.after(*refreshed):
             self._exchange()
+
+    def _check_others(self) -> list:
+        """Fails if the averages of others are in the variables; in graphs the operations that do so."""
+        if not tf.executing_eagerly():
+            return [o.status.check_not_swapped(SWAPPED_BY_ANOTHER_ERROR) for o in self._others()]
+        if any(other.is_swapped() for other in self._others()):
+            gc.collect()  # One that nobody can reach will not swap back.
+            for other in self._others():
+                other.status.check_not_swapped(SWAPPED_BY_ANOTHER_ERROR)
+        return []
+
+    def _others(self) -> Iterator[Averages]:
+        """Those that average some of the variables too."""
+        for other in list(_ALL):
+            if other is not self and any(variable in other.slots for variable in self.slots):
+                yield other
 
     def swapped(self, value: Value) -> SwappedContext[Value]:
         """A context in which the model holds the averages, and whose `as` gives `value`."""
