@@ -31,9 +31,12 @@ from tests.file_formats import Weights
 from tests.file_formats import WeightsOfNewFormat
 from tests.file_formats import checkpoint_of
 from tests.file_formats import state_of
+from tests.testing_utils import CURRENT
 from tests.testing_utils import GENERATIONS
 from tests.testing_utils import KERAS
+from tests.testing_utils import LEGACY
 from tests.testing_utils import averaging
+from tests.testing_utils import bits
 from tests.testing_utils import fit_steps
 
 STEPS_BEFORE, STEPS_AFTER = 7, 20
@@ -417,3 +420,80 @@ class TestWarnings:
             warnings.filterwarnings("ignore", "You are saving your model as an HDF5 file")
             form.save(model, str(tmp_path))
             form.resume(new_model(), str(tmp_path))
+
+
+class TestNested:
+    """An averaging optimizer around another one: both keep their counts, averages and flags."""
+
+    ORDERS = {
+        "SWA of EMA": lambda inner: tfav.SWA(tfav.ExponentialMovingAverage(inner), 1, 2),
+        "EMA of SWA": lambda inner: tfav.ExponentialMovingAverage(
+            tfav.SWA(inner, 0, 1), start_step=1, average_period=2
+        ),
+    }
+
+    def both(self, model):
+        outer = averaging(model.optimizer)
+        return outer, outer.inner_optimizer
+
+    def state_of(self, model):
+        return [
+            [
+                int(optimizer.num_averaged),
+                optimizer.weights_swapped,
+                *bits(optimizer.get_average(variable) for variable in model.trainable_variables),
+            ]
+            for optimizer in self.both(model)
+        ]
+
+    @pytest.mark.parametrize("form", [EarlyCheckpoint, Checkpoint, KerasFile, H5File, Weights, Arrays])
+    @pytest.mark.parametrize(
+        ("order", "module", "swapped", "loss_scaling"),
+        [
+            ("SWA of EMA", CURRENT, None, False),
+            ("SWA of EMA", LEGACY, 0, True),
+            ("EMA of SWA", CURRENT, 1, True),
+            ("EMA of SWA", LEGACY, None, False),
+        ],
+    )
+    def test_all_state_is_kept(self, tmp_path, form, order, module, swapped, loss_scaling):
+        if form is H5File and loss_scaling:
+            pytest.skip("tf_keras cannot load the optimizer's state")
+
+        def new(seed):
+            optimizer = self.ORDERS[order](module.Adam(0.1))
+            return testing_utils.new_model(optimizer, loss_scaling=loss_scaling, seed=seed)
+
+        model = new(1)
+        fit_steps(model, 6)
+        if swapped is not None:
+            self.both(model)[swapped].swap_weights()
+        form.save(model, str(tmp_path))
+        resumed = form.resume(new(2), str(tmp_path))
+        for _ in range(2):
+            assert self.state_of(resumed) == self.state_of(model)
+            testing_utils.assert_same_bits(resumed.get_weights(), model.get_weights())
+            if swapped is not None and self.both(model)[swapped].weights_swapped:
+                self.both(model)[swapped].swap_weights()
+                self.both(resumed)[swapped].swap_weights()
+            fit_steps(model, 5)
+            fit_steps(resumed, 5)
+
+
+@pytest.mark.parametrize("form", [EarlyCheckpoint, Checkpoint, WeightsOfNewFormat, Weights])
+def test_file_of_another_scheme_is_restored_with_a_warning(tmp_path, form):
+    def new(scheme, seed):
+        return testing_utils.new_model(scheme(CURRENT.SGD(0.1)), seed=seed)
+
+    model = new(tfav.ExponentialMovingAverage, 1)
+    fit_steps(model, 4)
+    form.save(model, str(tmp_path))
+    with pytest.warns(
+        UserWarning, match="kept by ExponentialMovingAverage.*those of SWA.*reset_averages"
+    ):
+        other = form.resume(new(tfav.SWA, 2), str(tmp_path))
+    assert other.optimizer.num_averaged == 4
+    testing_utils.assert_same_bits(
+        testing_utils.averages_of(other.optimizer, other.trainable_variables),
+        testing_utils.averages_of(model.optimizer, model.trainable_variables),
+    )
