@@ -370,11 +370,11 @@ class VariableSelection:
         return averageable(others or self.trained)
 
     def _model_variables(self) -> List[tf.Variable]:
-        model: Any = self.model
+        name = "trainable_variables" if self.trainable_only else "variables"
         try:
-            found = model.trainable_variables if self.trainable_only else model.variables
-        except ValueError:  # Keras models that have not been built.
-            return []
+            found = getattr(self.model, name)
+        except ValueError:  # A model of tf_keras that has not been built. Some variables may exist, though.
+            found = getattr(tf.Module, name).fget(self.model)
         return self.tf_variables(found)
 
 

@@ -33,7 +33,10 @@ def _slot_names(optimizer: tf_keras.optimizers.legacy.Optimizer) -> Optional[Set
     It knows them only once it has variables, so a copy of it is asked.
     """
     try:
-        copy = type(optimizer).from_config(optimizer.get_config())
+        config = optimizer.get_config()
+        if "learning_rate" in config:
+            config["learning_rate"] = 0.0  # Not a schedule, whose class only its own module may know.
+        copy = type(optimizer).from_config(config)
     except (KeyError, NotImplementedError, TypeError, ValueError):
         return None  # An optimizer of the user's whose config is not complete.
     with tf.init_scope():
