@@ -373,7 +373,9 @@ class VariableSelection:
         name = "trainable_variables" if self.trainable_only else "variables"
         try:
             found = getattr(self.model, name)
-        except ValueError:  # A model of tf_keras that has not been built. Some variables may exist, though.
+        except (
+            ValueError
+        ):  # A model of tf_keras that has not been built. Some variables may exist, though.
             found = getattr(tf.Module, name).fget(self.model)
         return self.tf_variables(found)
 

@@ -146,7 +146,7 @@ class OptimizerState:
         averaged, unclaimed = self.averages.averaged(), self.unclaimed.saved
         kept: List[Any] = [*averaged, *unclaimed]
         for index, value in enumerate([*self.inner, *self._head(), *_values(kept), *self.own]):
-            store[str(index)] = np.asarray(value)
+            store[str(index)] = value.numpy() if hasattr(value, "numpy") else value
         places = VariableMap((variable, place) for place, variable in enumerate(self.trained))
         of_known = [places.get(slots.variable, -1) for slots in averaged]
         store["averages_of"] = np.array(of_known + [-1] * len(unclaimed), np.int64)
