@@ -55,8 +55,9 @@ class AveragedOptimizerWrapper:
     2.0
 
     Args:
-      optimizer: the inner optimizer: a `tf_keras.optimizers.Optimizer`, a
-        `tf_keras.optimizers.legacy.Optimizer`, the name of one, or its config dict.
+      optimizer: the inner optimizer: of Keras 3 (`keras.optimizers.Optimizer`) or of tf_keras, where both
+        generations will do; the name of one, or its config dict. A name, and a config that does not tell,
+        means an optimizer of what `tf.keras` is.
       name: name of this optimizer.
       start_averaging: int >= 0, the first step (counted from 0) on which an update is due.
       average_period: int >= 1, the number of steps from one update to the next. None: no updates but
@@ -105,7 +106,7 @@ class AveragedOptimizerWrapper:
         updates = Updates(
             averages,
             unclaimed.check,
-            core_variables.VariableSelection(trainable_weights_only, self._tf_variables),
+            core_variables.VariableSelection(trainable_weights_only, self._may_be_averaged),
             checked_count("start_averaging", start_averaging, minimum=0),
             None
             if average_period is None
@@ -405,11 +406,7 @@ class AveragedOptimizerWrapper:
         Returns:
           The optimizer.
         """
-        config = dict(config)
-        config.pop("is_legacy_optimizer", None)
-        if "optimizer" in config:
-            config["optimizer"] = faces.deserialize(config["optimizer"], custom_objects)
-        return cls(**config)
+        return cls(**faces.arguments(config, custom_objects))
 
     @property
     def start_averaging(self) -> Union[int, tf.Tensor]:

@@ -16,22 +16,26 @@
 A scheme, such as `SWA`, inherits from no Keras. Put around an optimizer it becomes an object of a
 subclass that inherits from the face of that optimizer's Keras too, and so from its `Optimizer`. One
 subclass is made for each scheme and Keras. It goes by the scheme's name, so that files name the scheme.
+
+What the faces have in common is at the end.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
-from typing import Any, Dict, Optional
+import warnings
+from typing import Any, Dict, List, Optional
 
 import numpy as np
-import tensorflow as tf
 
 from tf_averaging import kerases
 
 # What a wrapper's constructor passes on. One home for each: the inner optimizer.
 CLIPPING = ("clipnorm", "clipvalue", "global_clipnorm")
 SETTINGS = CLIPPING + ("learning_rate", "decay")
+# The schemes of this package.
+_SCHEMES: List[type] = []
 
 
 def class_around(scheme: type, optimizer: Any) -> type:
@@ -60,36 +64,53 @@ def _class(scheme: type, keras_name: str) -> type:
     return cls
 
 
+@functools.cache
 def _face(keras_name: str) -> Any:
     if keras_name == "tf_keras":
-        from tf_averaging.keras2 import optimizer as face  # noqa: PLC0415
-    else:
-        raise TypeError(
-            "The optimizer comes from Keras 3, which `tf.keras` is unless told otherwise. Either create "
-            "it from tf_keras (`import tf_keras; tf_keras.optimizers.SGD(...)`, and the model too), or "
-            "set the environment variable TF_USE_LEGACY_KERAS=1 before TensorFlow is imported, so that "
-            "`tf.keras` is tf_keras."
+        from tf_averaging.keras2 import optimizer as keras2  # noqa: PLC0415
+
+        return keras2.Keras2Face
+    if keras_name != "keras":
+        raise ValueError(f"Expected a config of 'keras' or 'tf_keras'. Received: {keras_name!r}")
+    from tf_averaging.keras3 import optimizer as keras3  # noqa: PLC0415
+
+    face = keras3.Keras3Face
+    backend = face.keras.backend.backend()
+    if backend != "tensorflow":
+        raise RuntimeError(
+            "Weights of Keras 3 are averaged on its TensorFlow backend only. Expected the environment "
+            f"variable KERAS_BACKEND=tensorflow when Keras is imported. Received: {backend!r}"
         )
-    return face.Keras2Face
+    if face.keras not in kerases.available():  # TF_USE_LEGACY_KERAS=1: not imported before.
+        for scheme in _SCHEMES:
+            _register_with(face.keras, scheme)
+    return face
 
 
 def _register_as(scheme: type, cls: type, keras: Any) -> None:
-    """Registers `cls` under the scheme's name with a Keras, if the scheme is registered there."""
-    package, separator, name = keras.saving.get_registered_name(scheme).rpartition(">")
+    """Registers `cls` under the scheme's name with a Keras, if the scheme is registered with any."""
+    names = [k.saving.get_registered_name(scheme) for k in (keras, *kerases.available())]
+    package, separator, name = max(names, key=lambda name: ">" in name).rpartition(">")
     if separator:
         # Both go by one name, which means the scheme: tf_keras would refuse a second class.
         registered = keras.saving.get_custom_objects()
-        del registered[f"{package}>{name}"]
+        registered.pop(f"{package}>{name}", None)
         keras.saving.register_keras_serializable(package, name)(cls)
         registered[f"{package}>{name}"] = scheme
 
 
 def register(scheme: type) -> type:
     """Class decorator: registers a scheme of this package with every Keras, so that it can load it."""
-    # In an `.h5` file of tf_keras a LossScaleOptimizer names what is inside it by the bare name.
+    _SCHEMES.append(scheme)
     for keras in kerases.available():
-        keras.saving.get_custom_objects().setdefault(scheme.__name__, scheme)
-    return kerases.register("tf_averaging")(scheme)
+        _register_with(keras, scheme)
+    return scheme
+
+
+def _register_with(keras: Any, scheme: type) -> None:
+    # In an `.h5` file of tf_keras a LossScaleOptimizer names what is inside it by the bare name.
+    keras.saving.get_custom_objects().setdefault(scheme.__name__, scheme)
+    keras.saving.register_keras_serializable("tf_averaging")(scheme)
 
 
 def rebuild(scheme: Any, config: Dict[str, Any]):
@@ -111,19 +132,42 @@ def averaging_optimizer(optimizer: object):
     return optimizer
 
 
-# The inner optimizer, as the user gave it.
+# The Keras of the inner optimizer, and the optimizer that a config means.
 
 
 def _keras_name(optimizer: Any) -> str:
-    """The Keras that an optimizer is of; for a name or a config that does not tell, tf_keras."""
-    if isinstance(optimizer, (str, dict)):
-        return "tf_keras"
-    example = optimizer if inspect.isclass(optimizer) else type(optimizer)
-    packages = [cls.__module__.partition(".")[0] for cls in example.__mro__]
-    return "keras" if "keras" in packages else "tf_keras"
+    """The Keras that an optimizer is of. What does not tell means what `tf.keras` is in this process."""
+    if isinstance(optimizer, dict):
+        name = _recorded_keras(optimizer.get("config"))
+        if name is None and optimizer.get("module") == "keras.optimizers.legacy":
+            name = "tf_keras"
+    else:
+        example = optimizer if inspect.isclass(optimizer) else type(optimizer)
+        packages = [cls.__module__.partition(".")[0] for cls in example.__mro__]
+        name = next((name for name in kerases.NAMES if name in packages), None)
+    return name or kerases.available()[0].__name__
 
 
-def deserialize(config: Any, custom_objects: Optional[Dict[str, Any]] = None):
+def _recorded_keras(config: Any) -> Optional[str]:
+    """What Keras an optimizer's config names: those of tf_keras say which generation they are of."""
+    if not isinstance(config, dict):
+        return None
+    return config.get("keras", "tf_keras" if "is_legacy_optimizer" in config else None)
+
+
+def arguments(config: Dict[str, Any], custom_objects: Optional[Dict[str, Any]]) -> Dict[str, Any]:
+    """The constructor's arguments in the config of an averaging optimizer, which is left as it is."""
+    found = dict(config)
+    for name in ("keras", "is_legacy_optimizer"):
+        found.pop(name, None)
+    if "optimizer" in found:
+        found["optimizer"] = deserialize(found["optimizer"], custom_objects, _recorded_keras(config))
+    return found
+
+
+def deserialize(
+    config: Any, custom_objects: Optional[Dict[str, Any]] = None, keras_name: Optional[str] = None
+):
     """The optimizer that a config dict describes; the dict is left as it is."""
     if not isinstance(config, dict):
         return config
@@ -132,14 +176,12 @@ def deserialize(config: Any, custom_objects: Optional[Dict[str, Any]] = None):
             "Expected the config dict of an optimizer, with a name under 'class_name' and a dict under "
             f"'config'. Received: {config!r}"
         )
-    face = _face(_keras_name(config))
-    read = face.keras.saving.deserialize_keras_object
+    face = _face(keras_name or _keras_name(config))
     if "module" in config:
+        read = face.keras.saving.deserialize_keras_object
         custom_objects = {**_class_by_bare_name(face, config), **(custom_objects or {})}
     else:
-        # It edits its argument, and does not know all optimizers, but it alone reads what older versions
-        # of Keras wrote.
-        read = functools.partial(face.keras.optimizers.deserialize, use_legacy_format=True)
+        read = face.deserialize_without_module
     return read_config(read, config, custom_objects)
 
 
@@ -191,6 +233,8 @@ def inner_optimizer(cls: Any, identifier: Any, settings: Dict[str, Any]):
       ValueError: if a setting contradicts the optimizer's own, or the optimizer keeps its own average.
     """
     settings = {key: value for key, value in _checked(settings).items() if value is not None}
+    for name, value in settings.items():
+        kerases.check_schedule(cls.keras, name, value)
     mentioned = set(SETTINGS)
     if isinstance(identifier, str):
         optimizer, mentioned = cls.keras.optimizers.get(identifier), set()
@@ -201,7 +245,7 @@ def inner_optimizer(cls: Any, identifier: Any, settings: Dict[str, Any]):
     else:
         optimizer = identifier
     _check_inner(cls, optimizer)
-    if getattr(optimizer, "use_ema", False):
+    if any(getattr(part, "use_ema", False) for part in parts(optimizer)):
         raise ValueError(
             "The inner optimizer has `use_ema=True`, so it would keep an average of its own and put it "
             "into the model at the end of `fit`. Expected an optimizer with `use_ema=False`: the "
@@ -214,10 +258,9 @@ def inner_optimizer(cls: Any, identifier: Any, settings: Dict[str, Any]):
     return _configured(optimizer, own, settings)
 
 
-def learning_rate_or_schedule(optimizer: Any):
-    """What an optimizer was given as its learning rate: a schedule, a variable, a number or nothing."""
-    is_legacy = hasattr(optimizer, "_initial_decay")  # Those of tf_keras have the public name only.
-    return getattr(optimizer, "learning_rate" if is_legacy else "_learning_rate", None)
+def parts(optimizer: Any) -> list:
+    """The optimizer, and those between which a `MultiOptimizer` of Keras 3 divides the variables."""
+    return [optimizer, *getattr(optimizer, "optimizers", ())]
 
 
 def _check_inner(cls: Any, optimizer: object) -> None:
@@ -236,16 +279,6 @@ def _check_inner(cls: Any, optimizer: object) -> None:
         raise TypeError(f"Received a class, not an optimizer: call it first. {expected} {received}")
     if not isinstance(optimizer, tuple(cls.inner_types.values())):
         raise TypeError(f"{expected} {received}")
-
-
-def check_not_keras_3(thing: object) -> None:
-    """Refuses a model or variable that comes from Keras 3."""
-    if any(cls.__module__.split(".")[0] == "keras" for cls in type(thing).__mro__):
-        raise TypeError(
-            "Expected a model or variables of TensorFlow or tf_keras, as the optimizer is of tf_keras. "
-            "What comes from Keras 3, which `tf.keras` is unless TF_USE_LEGACY_KERAS=1 is set before "
-            f"TensorFlow is imported, cannot be averaged by it. Received: {thing!r}"
-        )
 
 
 def _checked(settings: Dict[str, Any]) -> Dict[str, Any]:
@@ -309,4 +342,37 @@ def _same(own: Any, value: Any) -> bool:
 
 
 def _shown(value: Any) -> str:
-    return repr(value.numpy() if isinstance(value, tf.Variable) else value)
+    return repr(value.numpy() if hasattr(value, "numpy") else value)
+
+
+# What the faces have in common.
+
+
+def of_inner(name: str, doc: str) -> property:
+    """A property of an averaging optimizer that is the inner optimizer's; setting it sets that."""
+
+    def get(self):
+        return getattr(self.inner_optimizer, name)
+
+    def set_(self, value) -> None:
+        kerases.check_schedule(self.keras, name, value)
+        setattr(self.inner_optimizer, name, value)
+
+    return property(get, set_, doc=doc)
+
+
+def learning_rate_or_schedule(optimizer: Any):
+    """What an optimizer was given as its learning rate: a schedule, a variable, a number or nothing."""
+    is_legacy = hasattr(optimizer, "_initial_decay")  # Those of tf_keras have the public name only.
+    return getattr(optimizer, "learning_rate" if is_legacy else "_learning_rate", None)
+
+
+def warn_of_saved_model() -> None:
+    """Says that a SavedModel, which is being written, loses the optimizer."""
+    warnings.warn(
+        "A SavedModel keeps no state of the optimizer: averages, number of steps and the inner "
+        "optimizer's variables are not in it. Save to `.keras` or with `tf.train.Checkpoint`, "
+        "which keep them; to export a model with averaged weights, save it inside "
+        "`with optimizer.swapped_weights():`.",
+        stacklevel=3,
+    )

@@ -25,7 +25,9 @@ import operator
 import os
 import sys
 from types import ModuleType
-from typing import Any, Callable, Dict, Optional, Tuple
+from typing import Any, Callable, Dict, Iterable, Optional, Tuple
+
+import tensorflow as tf
 
 NAMES = ("keras", "tf_keras")
 
@@ -118,7 +120,64 @@ def deserialize_schedule(config: Dict[str, Any], custom_objects: Optional[Dict[s
 def tf_variable(variable):
     """The `tf.Variable` in a Keras 3 variable; any other variable is returned as it is."""
     # The public `value` may be a tensor, cast for mixed precision.
-    return variable._value if _is_of(variable, "keras") else variable
+    return getattr(variable, "_value", variable) if _is_of(variable, "keras") else variable
+
+
+def check_schedule(keras: Any, name: str, value: Any) -> None:
+    """Refuses a schedule of the other Keras as a setting of an optimizer of this one."""
+    expected = keras.optimizers.schedules.LearningRateSchedule
+    if is_schedule(value) and not isinstance(value, expected):
+        raise TypeError(
+            f"Expected `{name}` to be a number or a schedule of {keras.__name__}, as the inner optimizer "
+            f"is of {keras.__name__}. Received a schedule of {of(value).__name__}: {value!r}"
+        )
+
+
+def check_same_keras(keras: Any, thing: object) -> None:
+    """Refuses a model or variable that comes from another Keras than the optimizer."""
+    packages = {cls.__module__.partition(".")[0] for cls in type(thing).__mro__}
+    others = packages.intersection(NAMES) - {keras.__name__}
+    if others:
+        raise TypeError(
+            f"Expected a model or variables of TensorFlow or {keras.__name__}, as the optimizer is of "
+            f"{keras.__name__}. `tf.keras` is {available()[0].__name__} here: tf_keras if "
+            "TF_USE_LEGACY_KERAS=1 is set before TensorFlow is imported, otherwise Keras 3 (`keras`). "
+            f"Received what comes from {others.pop()}: {thing!r}"
+        )
+
+
+def checked_list(keras: Any, variables: Any, expected: str) -> list:
+    """An iterable of variables, none of another Keras, as a list."""
+    try:
+        variables = list(variables)
+    except TypeError as error:
+        raise TypeError(f"{expected} Received: {variables!r}") from error
+    for variable in variables:
+        check_same_keras(keras, variable)
+    return variables
+
+
+def checked_pairs(keras: Any, grads_and_vars: Iterable) -> Tuple[list, list]:
+    """The gradients and the variables of (gradient, variable) pairs."""
+    expected = "Expected (gradient, variable) pairs."
+    try:
+        pairs = [tuple(pair) for pair in grads_and_vars]
+    except TypeError as error:
+        raise TypeError(f"{expected} Received: {grads_and_vars!r}") from error
+    for pair in pairs:
+        check_same_keras(keras, pair[-1] if pair else None)
+        if len(pair) != 2 or not isinstance(tf_variable(pair[1]), tf.Variable):
+            raise TypeError(f"{expected} Received: {pair!r}")
+    return [gradient for gradient, _ in pairs], [variable for _, variable in pairs]
+
+
+def check_replica_context(method: str) -> None:
+    """Refuses a step in a cross-replica context."""
+    if tf.distribute.has_strategy() and tf.distribute.in_cross_replica_context():
+        raise RuntimeError(
+            f"`{method}` must be called on each replica, but this is a cross-replica context. "
+            "Call it in a function that `tf.distribute.Strategy.run` runs."
+        )
 
 
 def _find(thing: object) -> Optional[ModuleType]:

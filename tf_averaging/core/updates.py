@@ -324,16 +324,3 @@ def _checked_weight(weight, shape: tf.TensorShape) -> tf.Tensor:
 def _waiting(gradient: Optional[tf.Tensor]) -> Optional[tf.Tensor]:
     """The gradient; in graphs it is ready after what the context orders it after. None stays None."""
     return gradient if gradient is None or tf.executing_eagerly() else tf.identity(gradient)
-
-
-def checked_pairs(grads_and_vars) -> list:
-    """Returns (gradient, variable) pairs as a list of tuples."""
-    expected = "Expected (gradient, variable) pairs."
-    try:
-        pairs = [tuple(pair) for pair in grads_and_vars]
-    except TypeError as error:
-        raise TypeError(f"{expected} Received: {grads_and_vars!r}") from error
-    for pair in pairs:
-        if len(pair) != 2 or not isinstance(pair[1], tf.Variable):
-            raise TypeError(f"{expected} Received: {pair!r}")
-    return pairs

@@ -16,14 +16,15 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from typing import Any, Dict, Iterable, List, Optional, Sequence, Tuple
 
 import tensorflow as tf
 import tf_keras
 
 from tf_averaging import faces
+from tf_averaging import kerases
 from tf_averaging.core import variables as core_variables
-from tf_averaging.core.updates import checked_pairs
 from tf_averaging.core.variables import as_written
 from tf_averaging.keras2 import inner_optimizer as inner_optimizers
 from tf_averaging.keras2.variable_list import VariableList
@@ -52,6 +53,20 @@ class Keras2Face(tf_keras.optimizers.Optimizer):
         "keras.optimizers": tf_keras.optimizers,
         "keras.optimizers.legacy": tf_keras.optimizers.legacy,
     }
+
+    # How a config without a module is read. It edits its argument, and does not know all optimizers, but
+    # it alone reads what older versions of Keras wrote.
+    deserialize_without_module = functools.partial(
+        tf_keras.optimizers.deserialize, use_legacy_format=True
+    )
+
+    iterations = faces.of_inner(
+        "iterations", "The number of steps taken, the inner optimizer's own: scalar int64 variable."
+    )
+    _iterations = iterations
+    learning_rate = lr = faces.of_inner(
+        "learning_rate", "The inner optimizer's learning rate; setting it sets that."
+    )
 
     def __init__(self, inner_optimizer: Any, name: str):
         # Not an attribute that TensorFlow tracks: it would be saved under a second name.
@@ -94,13 +109,8 @@ class Keras2Face(tf_keras.optimizers.Optimizer):
             weights nor anything of this optimizer has changed then (what ran before the step may have:
             a forward pass in training mode, the counter of a LossScaleOptimizer).
         """
-        pairs = checked_pairs(grads_and_vars)
-        if tf.distribute.has_strategy() and tf.distribute.in_cross_replica_context():
-            raise RuntimeError(
-                "`apply_gradients` must be called on each replica, but this is a cross-replica context. "
-                "Call it in a function that `tf.distribute.Strategy.run` runs."
-            )
-        gradients, variables = [g for g, _ in pairs], [v for _, v in pairs]
+        gradients, variables = kerases.checked_pairs(tf_keras, grads_and_vars)
+        kerases.check_replica_context("apply_gradients")
         options: Dict[str, Any] = {"name": name}
         # By default the gradients are summed. Some optimizers take no argument that says so.
         if skip_gradients_aggregation or not experimental_aggregate_gradients:
@@ -181,35 +191,11 @@ class Keras2Face(tf_keras.optimizers.Optimizer):
     # Settings that tf_keras looks for in this class.
 
     @property
-    def iterations(self) -> tf.Variable:
-        """The number of steps taken, the inner optimizer's own: scalar int64 variable."""
-        return self._inner_optimizer.iterations
-
-    @iterations.setter
-    def iterations(self, variable: tf.Variable) -> None:
-        self._inner_optimizer.iterations = variable
-
-    @property
-    def _iterations(self) -> tf.Variable:
-        return self.iterations
-
-    @property
     def _learning_rate(self):
         return faces.learning_rate_or_schedule(self._inner_optimizer)
 
     def _create_iteration_variable(self) -> None:
         pass  # The inner optimizer's is the one.
-
-    @property
-    def learning_rate(self):
-        """The inner optimizer's learning rate; setting it sets that."""
-        return self._inner_optimizer.learning_rate
-
-    @learning_rate.setter
-    def learning_rate(self, learning_rate) -> None:
-        self._inner_optimizer.learning_rate = learning_rate
-
-    lr = learning_rate
 
     def exclude_from_weight_decay(self, var_list=None, var_names=None) -> None:
         """Excludes variables from the inner optimizer's weight decay.
@@ -352,21 +338,17 @@ class Keras2Face(tf_keras.optimizers.Optimizer):
         """TensorFlow's variables in the model's: the same here."""
         return list(variables)
 
+    _may_be_averaged = _tf_variables
+
     @staticmethod
     def _is_model(thing: object) -> bool:
-        faces.check_not_keras_3(thing)
+        kerases.check_same_keras(tf_keras, thing)
         return isinstance(thing, tf.Module)
 
     @staticmethod
     def _checked_variables(variables: Any, expected: str = "Expected a list of variables.") -> list:
         """An iterable of variables as a list of TensorFlow's."""
-        try:
-            variables = list(variables)
-        except TypeError as error:
-            raise TypeError(f"{expected} Received: {variables!r}") from error
-        for variable in variables:
-            faces.check_not_keras_3(variable)
-        return variables
+        return kerases.checked_list(tf_keras, variables, expected)
 
     @staticmethod
     def _variable_name(variable: tf.Variable) -> str:
@@ -378,7 +360,7 @@ class Keras2Face(tf_keras.optimizers.Optimizer):
     def _steps_taken(self) -> tf.Tensor:
         """The number of steps taken so far: scalar int64 tensor."""
         with tf.init_scope():
-            iterations = self.iterations  # Legacy optimizers create it when it is first asked for.
+            iterations = self._steps_variable()  # Legacy optimizers create it when it is first asked for.
         return core_variables.read_here(iterations)
 
     def _inner_state(self) -> Tuple[List[tf.Variable], int]:
@@ -426,7 +408,7 @@ class Keras2Face(tf_keras.optimizers.Optimizer):
         return has_steps and not self._is_legacy and not isinstance(self._inner_optimizer, Keras2Face)
 
     def _saved_model_children(self) -> Dict[str, Any]:
-        inner_optimizers.warn_of_saved_model()
+        faces.warn_of_saved_model()
         # tf_keras looks for these two when it loads.
         return {"_iterations": self.iterations, "_variables": self._variables}
 

@@ -1,0 +1,342 @@
+# Copyright 2026 The tf_averaging Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The face of an averaging optimizer for Keras 3, on its TensorFlow backend."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any, Dict, Iterable, List, Optional, Sequence, Union
+
+import keras
+import tensorflow as tf
+
+from tf_averaging import faces
+from tf_averaging import kerases
+from tf_averaging.core import variables as core_variables
+from tf_averaging.core.variables import VariableMap
+from tf_averaging.core.variables import as_written
+from tf_averaging.saving import arrays
+from tf_averaging.saving import positions
+from tf_averaging.saving.predecessors import WithoutState
+
+
+class Keras3Face(keras.optimizers.Optimizer):
+    """What makes an averaging optimizer an optimizer of Keras 3, around another one.
+
+    A step is left to the inner optimizer as a whole: clipping, weight decay, gradient accumulation and
+    constraints are its own, and are applied once.
+
+    Args:
+      inner_optimizer: the optimizer that takes the steps.
+      name: name of this one.
+    """
+
+    keras = keras
+    keras_name = "keras"
+    inner_types = {"keras.optimizers.Optimizer": keras.optimizers.Optimizer}
+    # Where a config says that an optimizer is, and where it is.
+    modules = {"keras.optimizers": keras.optimizers}
+    # How a config without a module is read.
+    deserialize_without_module = staticmethod(keras.optimizers.deserialize)
+
+    iterations = faces.of_inner(
+        "iterations", "The number of steps taken, as the inner optimizer has it: scalar int64."
+    )
+    learning_rate = lr = faces.of_inner(
+        "learning_rate", "The inner optimizer's learning rate; setting it sets that."
+    )
+
+    # Whether another optimizer, such as a LossScaleOptimizer, is around this one.
+    _is_inside_another = False
+
+    def __init__(self, inner_optimizer: Any, name: str):
+        # Keras refuses attributes before its constructor has run, and looks for variables in those that
+        # come later. The inner optimizer's are saved with it.
+        object.__setattr__(self, "_inner_optimizer", inner_optimizer)
+        super().__init__(learning_rate=0.0, name=name)
+        # Never used, but checkpoints would have them, under names that a plain optimizer's state has too.
+        del self._trainable_variables, self._trainable_variables_indices
+        # Plain attributes too: Keras would collect the variables.
+        object.__setattr__(self, "_paths", VariableMap())
+        object.__setattr__(self, "_in_keras", VariableMap())
+
+    @property
+    def inner_optimizer(self) -> Any:
+        """The optimizer that takes the steps."""
+        return self._inner_optimizer
+
+    # Training.
+
+    @as_written
+    def apply_gradients(self, grads_and_vars: Iterable):
+        """Takes the inner optimizer's step, then updates the averages if that is due.
+
+        Args:
+          grads_and_vars: (gradient, variable) pairs; a gradient is a tensor, `tf.IndexedSlices` or None.
+
+        Returns:
+          The number of steps that the inner optimizer counts.
+
+        Raises:
+          TypeError: if `grads_and_vars` does not consist of pairs with variables; see `apply`.
+        """
+        self.apply(*kerases.checked_pairs(keras, grads_and_vars))
+        return self._iterations
+
+    @as_written
+    def apply(self, grads: Sequence, trainable_variables: Optional[Sequence] = None) -> None:
+        """Takes the inner optimizer's step, then updates the averages if that is due.
+
+        Args:
+          grads: gradients, as for `apply_gradients`.
+          trainable_variables: their variables; None for those that the optimizer was built with.
+
+        Raises:
+          TypeError: if a variable is of tf_keras.
+          ValueError: if there is no gradient at all, the optimizer was built with other variables, or
+            `trainable_weights_only` is False and `shadow_copy` was not called.
+          RuntimeError: if called in a cross-replica context.
+          tf.errors.InvalidArgumentError: when the step runs while the weights are swapped. Neither the
+            weights nor anything of this optimizer has changed then.
+        """
+        gradients = list(grads)
+        kerases.check_replica_context("apply")
+        if all(gradient is None for gradient in gradients):
+            # No step: an error or nothing, as the inner optimizer has it.
+            self._inner_optimizer.apply(gradients, trainable_variables)
+            return
+        variables = self._variables_of_step(trainable_variables)
+
+        def take_step(gradients) -> None:
+            self._inner_optimizer.apply(gradients, variables)
+
+        trained = self._may_be_averaged(variables or self._updates.selection.trained)
+        self._updates.around(trained, gradients, self._steps_taken, take_step, self._moves_weights())
+
+    def _variables_of_step(self, variables: Optional[Sequence]) -> Optional[list]:
+        """The variables that `apply` got; None for those that the optimizer was built with."""
+        if variables is None and not self.built:
+            raise ValueError(
+                "The variables are not known yet. Expected `trainable_variables`, or a call of "
+                "`build(trainable_variables)` before."
+            )
+        if variables is None:
+            return None
+        variables = kerases.checked_list(keras, variables, "Expected a list of variables.")
+        if not self.built:
+            # Here, where nothing must wait for anything else: XLA creates no variables that do.
+            self.build(variables)
+        # Before anything is done, so that an unknown variable changes nothing.
+        self._check_variables_are_known(variables)
+        return variables
+
+    def _check_variables_are_known(self, variables: list) -> None:
+        self._inner_optimizer._check_variables_are_known(variables)
+
+    def _steps_of_one_move(self) -> int:
+        """How many steps of the inner optimizer go into one on which the weights may move."""
+        inner = self._inner_optimizer
+        parts = getattr(inner, "optimizers", None) or [inner]  # Those of a MultiOptimizer.
+        return math.gcd(*(part.gradient_accumulation_steps or 1 for part in parts))
+
+    def _moves_weights(self) -> Union[bool, tf.Tensor]:
+        steps = self._steps_of_one_move()
+        if steps == 1:
+            return True
+        return tf.equal((core_variables.read_here(self._steps_variable()) + 1) % steps, 0)
+
+    # Settings that Keras looks for in this class.
+
+    @property
+    def _iterations(self):
+        return self._inner_optimizer._iterations
+
+    @_iterations.setter
+    def _iterations(self, variable) -> None:
+        pass  # Keras's constructor creates one.
+
+    @property
+    def _learning_rate(self):
+        return faces.learning_rate_or_schedule(self._inner_optimizer)
+
+    @_learning_rate.setter
+    def _learning_rate(self, learning_rate) -> None:
+        pass  # The same.
+
+    def _track_variable(self, variable) -> None:
+        if self._is_ready:
+            super()._track_variable(variable)
+
+    @property
+    def loss_scale_factor(self) -> Optional[float]:
+        """The inner optimizer's factor of the loss; setting it sets that."""
+        return self._inner_optimizer.loss_scale_factor
+
+    @loss_scale_factor.setter
+    def loss_scale_factor(self, factor: Optional[float]) -> None:
+        if self._is_ready:
+            self._inner_optimizer.loss_scale_factor = factor
+            # A LossScaleOptimizer or MultiOptimizer does this to what is put inside it.
+            self._is_inside_another = factor is None
+
+    def scale_loss(self, loss):
+        """The loss times the inner optimizer's `loss_scale_factor`."""
+        return self._inner_optimizer.scale_loss(loss)
+
+    def exclude_from_weight_decay(self, var_list=None, var_names=None) -> None:
+        """Excludes variables from the inner optimizer's weight decay.
+
+        Args:
+          var_list: variables.
+          var_names: strings; a variable whose name contains one of them is excluded.
+        """
+        self._inner_optimizer.exclude_from_weight_decay(var_list, var_names)
+
+    def finalize_variable_values(self, var_list) -> None:
+        """What `fit` calls at its end: the inner optimizer's; the averages stay where they are."""
+        self._inner_optimizer.finalize_variable_values(var_list)
+
+    # Variables.
+
+    @property
+    def variables(self) -> List[Any]:
+        """All state: the inner optimizer's, the averages', a subclass's own.
+
+        Inside another optimizer (LossScaleOptimizer, MultiOptimizer) it is the inner optimizer's alone:
+        that one would save these variables a second time, and cannot load a file that has more or fewer
+        of them. `get_weights` has all state.
+        """
+        inner = list(self._inner_optimizer.variables)
+        if self._is_inside_another:
+            return inner
+        state = arrays.state_of(self)
+        of_averages = state.variables()[len(state.inner) :]
+        of_averages = of_averages[: len(of_averages) - len(state.own)]
+        return inner + [self._as_keras(variable) for variable in of_averages] + list(self._variables)
+
+    def _as_keras(self, variable: tf.Variable) -> Any:
+        """The Keras variable that has this one inside, always the same."""
+        if variable not in self._in_keras:
+            name = variable.name.split(":")[0].replace("/", "_")
+            self._in_keras[variable] = keras.Variable(variable, trainable=False, name=name)
+        return self._in_keras[variable]
+
+    def build(self, variables: Sequence) -> None:
+        """Creates the state of the inner optimizer and the averages for the variables to train."""
+        if not self._inner_optimizer.built:
+            self._inner_optimizer.build(variables)
+        selection = self._updates.selection
+        selection.train(self._may_be_averaged(variables))
+        if selection.trainable_only or selection.model is not None:
+            self._averages.create(selection)
+        self.built = True
+
+    def get_slot(self, var: Any, slot_name: str) -> tf.Variable:
+        """The slot variable of `var`: its average.
+
+        While the weights are swapped it holds the weights; `get_average` reads the average in either
+        case.
+
+        Args:
+          var: a variable of the model.
+          slot_name: `"average"`.
+
+        Returns:
+          A variable of TensorFlow shaped like `var`.
+
+        Raises:
+          KeyError: if there is no such slot.
+        """
+        if slot_name != "average":
+            raise KeyError(f"Expected 'average'. Received: slot_name={slot_name!r}")
+        return self._averages.slot(*self._tf_variables([var]))
+
+    # What the wrapper and its files ask for.
+
+    @staticmethod
+    def _tf_variables(variables: Iterable) -> list:
+        """TensorFlow's variables in the model's."""
+        return [kerases.tf_variable(variable) for variable in variables]
+
+    def _may_be_averaged(self, variables: Iterable) -> list:
+        """TensorFlow's variables in the model's, but for those that gradients overwrite (float8)."""
+        chosen = []
+        for variable in variables:
+            if not getattr(variable, "overwrite_with_gradient", False):
+                chosen += self._tf_variables([variable])
+                self._paths[chosen[-1]] = getattr(variable, "path", None) or self._variable_name(variable)
+        return chosen
+
+    @staticmethod
+    def _is_model(thing: object) -> bool:
+        kerases.check_same_keras(keras, thing)
+        return isinstance(thing, (keras.layers.Layer, tf.Module))
+
+    def _checked_variables(self, variables: Any, expected: str = "Expected a list of variables.") -> list:
+        """An iterable of variables as a list of TensorFlow's."""
+        return self._may_be_averaged(kerases.checked_list(keras, variables, expected))
+
+    def _variable_name(self, variable: tf.Variable) -> str:
+        return self._paths.get(variable, variable.name)
+
+    def _steps_variable(self) -> tf.Variable:
+        return kerases.tf_variable(self._iterations)
+
+    def _steps_taken(self) -> tf.Tensor:
+        """The number of steps so far that moved weights: scalar int64 tensor."""
+        return core_variables.read_here(self._steps_variable()) // self._steps_of_one_move()
+
+    def _inner_state(self) -> List[tf.Variable]:
+        """All variables of the inner optimizer, iterations first."""
+        inner = self._inner_optimizer
+        if isinstance(inner, Keras3Face):
+            return arrays.state_of(inner).variables()
+        return self._tf_variables(inner.variables)
+
+    def _own_variables(self) -> List[tf.Variable]:
+        """Variables that a subclass added."""
+        return self._tf_variables(self._variables)
+
+    def _loss_scale(self) -> List[tf.Variable]:
+        """Nothing: Keras 3 saves it with the LossScaleOptimizer."""
+        return []
+
+    def _serialize_inner(self) -> Dict[str, Any]:
+        return keras.optimizers.serialize(self._inner_optimizer)
+
+    def _restore_target(self, position: Any, is_of_predecessor: bool):
+        """What the node of an inner optimizer in a checkpoint is to be restored into."""
+        if not is_of_predecessor and not positions.child_names(position) & {"iter", "_index_dict"}:
+            return self._inner_optimizer
+        warnings.warn(
+            "The checkpoint was written with an optimizer of tf_keras, whose state "
+            f"{self._inner_optimizer} cannot take: that starts anew. The weights, the number of steps "
+            "and any averages are restored. To restore everything, use that optimizer of tf_keras.",
+            stacklevel=3,
+        )
+        return WithoutState(self._steps_variable())
+
+    def _inner_waits(self) -> bool:
+        """Whether restored values wait for the inner optimizer's variables."""
+        inner = self._inner_optimizer
+        return not inner.built and bool(self._steps_variable() > 0)
+
+    def _saved_model_children(self) -> Dict[str, Any]:
+        faces.warn_of_saved_model()
+        return {}
+
+    def get_config(self) -> Dict[str, Any]:
+        # Both Kerases write the same module for their optimizers.
+        return {"keras": self.keras_name}
