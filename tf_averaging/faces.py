@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import warnings
 from typing import Any, Dict, List, Optional
 
 import numpy as np
@@ -365,14 +364,3 @@ def learning_rate_or_schedule(optimizer: Any):
     """What an optimizer was given as its learning rate: a schedule, a variable, a number or nothing."""
     is_legacy = hasattr(optimizer, "_initial_decay")  # Those of tf_keras have the public name only.
     return getattr(optimizer, "learning_rate" if is_legacy else "_learning_rate", None)
-
-
-def warn_of_saved_model() -> None:
-    """Says that a SavedModel, which is being written, loses the optimizer."""
-    warnings.warn(
-        "A SavedModel keeps no state of the optimizer: averages, number of steps and the inner "
-        "optimizer's variables are not in it. Save to `.keras` or with `tf.train.Checkpoint`, "
-        "which keep them; to export a model with averaged weights, save it inside "
-        "`with optimizer.swapped_weights():`.",
-        stacklevel=3,
-    )

@@ -80,3 +80,13 @@ def restore_target(optimizer: Optimizer, position: positions.Position, is_of_pre
                 stacklevel=3,
             )
     return optimizer
+
+
+def warn_of_saved_model() -> None:
+    warnings.warn(
+        "A SavedModel keeps no state of the optimizer: averages, number of steps and the inner "
+        "optimizer's variables are not in it. Save to `.keras` or with `tf.train.Checkpoint`, "
+        "which keep them; to export a model with averaged weights, save it inside "
+        "`with optimizer.swapped_weights():`.",
+        stacklevel=3,
+    )

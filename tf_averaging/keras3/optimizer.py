@@ -334,8 +334,7 @@ class Keras3Face(keras.optimizers.Optimizer):
         return not inner.built and bool(self._steps_variable() > 0)
 
     def _saved_model_children(self) -> Dict[str, Any]:
-        faces.warn_of_saved_model()
-        return {}
+        return {}  # `export` is for inference, and Keras 3 loads no optimizer from a SavedModel.
 
     def get_config(self) -> Dict[str, Any]:
         # Both Kerases write the same module for their optimizers.
