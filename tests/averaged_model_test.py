@@ -19,6 +19,7 @@ import tensorflow as tf
 import tf_keras
 
 import tf_averaging as tfav
+from tests.testing_utils import CURRENT
 
 X = np.random.default_rng(0).normal(size=(32, 4)).astype(np.float32)
 Y = X[:, :1] - 2.0 * X[:, 1:2]
@@ -87,7 +88,7 @@ MODELS = {
 }
 
 
-def trained(strategy, create=MODELS["sequential"], optimizer=lambda: tfav.SWA("sgd", 0, 1)):
+def trained(strategy, create=MODELS["sequential"], optimizer=lambda: tfav.SWA(CURRENT.SGD(), 0, 1)):
     with strategy.scope():
         model = create()
         model.compile(optimizer(), "mse")
@@ -189,7 +190,7 @@ def test_frozen_parts(frozen):
     teacher = tfav.averaged_model(model)
     teacher.trainable = False
     getattr(model.layers[0], frozen).trainable = False
-    model.compile(tfav.SWA("sgd", 0, 1), "mse")
+    model.compile(tfav.SWA(CURRENT.SGD(), 0, 1), "mse")
     model.fit(X, Y, epochs=2, batch_size=16, verbose=0)
     expect_averages(model, tfav.averaged_model(model, target=teacher))
     expect_averages(model, tfav.averaged_model(model))
@@ -208,7 +209,7 @@ def test_adapted_layers():
     features = [normalize(numbers), binned, words(text)]
     outputs = tf_keras.layers.Dense(1)(tf_keras.layers.concatenate(features))
     model = tf_keras.Model([numbers, text], outputs)
-    model.compile(tfav.SWA("sgd", 0, 1), "mse")
+    model.compile(tfav.SWA(CURRENT.SGD(), 0, 1), "mse")
     inputs = [X, tf.constant([["a c"], ["b b d"]] * 16)]
     model.fit(inputs, Y, verbose=0)
     expect_averages(model, tfav.averaged_model(model), inputs)
@@ -229,7 +230,7 @@ def test_mixed_precision(policy):
 def test_optimizer_of_a_custom_loop(strategy):
     with strategy.scope():
         model = MODELS["sequential"]()
-        optimizer = tfav.ExponentialMovingAverage("sgd")
+        optimizer = tfav.ExponentialMovingAverage(CURRENT.SGD())
     teacher = tfav.averaged_model(model, optimizer)  # Before there are averages they are the weights.
     assert same(values(teacher.variables), values(model.variables))
     optimizer.shadow_copy(model)
@@ -296,7 +297,7 @@ class TestErrors:
 
     def test_unbuilt_model(self):
         with pytest.raises(ValueError, match="has not been built"):
-            tfav.averaged_model(tf_keras.Sequential(layers()), tfav.SWA("sgd"))
+            tfav.averaged_model(tf_keras.Sequential(layers()), tfav.SWA(CURRENT.SGD()))
 
     def test_other_architecture(self):
         model = trained(tf.distribute.get_strategy())
@@ -313,7 +314,7 @@ class TestErrors:
         with pytest.raises(TypeError, match="Expected a `keras.Model` or `tf_keras.Model`. Received: 3"):
             tfav.averaged_model(3)
         with pytest.raises(TypeError, match="Received: 'teacher'"):
-            tfav.averaged_model(MODELS["sequential"](), tfav.SWA("sgd"), "teacher")
+            tfav.averaged_model(MODELS["sequential"](), tfav.SWA(CURRENT.SGD()), "teacher")
 
     def test_in_a_graph(self):
         model = trained(tf.distribute.get_strategy())

@@ -23,6 +23,7 @@ import tf_keras
 from absl import logging
 
 import tf_averaging as tfav
+from tests.testing_utils import CURRENT
 
 X = np.random.default_rng(0).normal(size=(32, 4)).astype(np.float32)
 Y = X[:, :1] - 2.0 * X[:, 1:2]
@@ -181,7 +182,7 @@ class TestWhatHooksSee:
 
     def test_before_the_first_update_all_is_the_same(self, strategy):
         with strategy.scope():
-            model = compiled(strategy, tfav.SWA("sgd", start_averaging=EPOCH + 1))
+            model = compiled(strategy, tfav.SWA(CURRENT.SGD(), start_averaging=EPOCH + 1))
         recorder = Recorder(start=EPOCH + 1, period=10)
         swap = tfav.callbacks.SwapAverageWeights(swap_on_epoch=True)
         model.fit(X, Y, validation_data=(X, Y), callbacks=[swap, recorder], **FIT)
@@ -216,7 +217,7 @@ class TestWhatHooksSee:
 
     @pytest.mark.parametrize("trainable_only", [True, False])
     def test_batch_norm_statistics_are_averaged_without_shadow_copy(self, trainable_only):
-        optimizer = tfav.SWA("sgd", 0, 1, trainable_weights_only=trainable_only)
+        optimizer = tfav.SWA(CURRENT.SGD(), 0, 1, trainable_weights_only=trainable_only)
         model = compiled(optimizer=optimizer)
         means = []
         record = tf_keras.callbacks.LambdaCallback(
@@ -229,7 +230,7 @@ class TestWhatHooksSee:
     def test_unbuilt_model(self, strategy):
         with strategy.scope():
             model = tf_keras.Sequential([tf_keras.layers.Dense(1)])
-            model.compile(tfav.SWA("sgd", 0, 1), "mse")
+            model.compile(tfav.SWA(CURRENT.SGD(), 0, 1), "mse")
         recorder = Recorder()
         callbacks = [tfav.callbacks.SwapAverageWeights(), recorder]
         model.fit(X, Y, validation_data=(X, Y), epochs=2, callbacks=callbacks, **FIT)
@@ -436,7 +437,7 @@ class TestBeginEpoch:
 
     def test_model_trained_before_without_averaging(self):
         """Steps taken earlier count; the function that took them is traced again."""
-        model = compiled(optimizer=tfav.SWA("sgd", 0, 1))
+        model = compiled(optimizer=tfav.SWA(CURRENT.SGD(), 0, 1))
         model.train_function = None
         model.optimizer.inner_optimizer.build(model.trainable_variables)
         model.optimizer.iterations.assign(100)
@@ -492,7 +493,7 @@ class TestBeginEpoch:
         assert model.optimizer.num_averaged == 2 * EPOCH
 
     def test_with_a_period(self):
-        model = compiled(optimizer=tfav.SWA("sgd", 0, average_period=EPOCH))
+        model = compiled(optimizer=tfav.SWA(CURRENT.SGD(), 0, average_period=EPOCH))
         callbacks = [tfav.callbacks.SwapAverageWeights(begin_epoch=1)]
         model.fit(X, Y, epochs=3, callbacks=callbacks, **FIT)
         assert model.optimizer.num_averaged == 2
@@ -516,7 +517,7 @@ class TestBeginEpoch:
         assert model.optimizer.num_averaged == 4
 
     def test_start_in_steps_too(self):
-        model = compiled(optimizer=tfav.ExponentialMovingAverage("sgd", start_step=7))
+        model = compiled(optimizer=tfav.ExponentialMovingAverage(CURRENT.SGD(), start_step=7))
         with pytest.raises(ValueError, match="begin_epoch=1, and an optimizer that starts at step 7"):
             model.fit(X, Y, epochs=3, callbacks=[tfav.callbacks.SwapAverageWeights(begin_epoch=1)], **FIT)
 
@@ -537,7 +538,7 @@ def warnings(monkeypatch):
 
 @pytest.mark.parametrize(("start", "warned"), [(2 * EPOCH - 1, False), (2 * EPOCH, True)])
 def test_start_beyond_the_training_is_a_warning(warnings, start, warned):
-    model = compiled(optimizer=tfav.SWA("sgd", start))
+    model = compiled(optimizer=tfav.SWA(CURRENT.SGD(), start))
     model.fit(X, Y, epochs=2, callbacks=[tfav.callbacks.SwapAverageWeights()], **FIT)
     assert warnings == (
         [
@@ -629,7 +630,7 @@ class TestResume:
 
     def test_evaluation_of_a_loaded_model_that_averages_its_statistics(self, tmp_path):
         """Their averages wait in the optimizer until it is told of the model."""
-        model = compiled(optimizer=tfav.SWA("sgd", 0, 1, trainable_weights_only=False))
+        model = compiled(optimizer=tfav.SWA(CURRENT.SGD(), 0, 1, trainable_weights_only=False))
         model.fit(X, Y, callbacks=[tfav.callbacks.SwapAverageWeights()], **FIT)
         with model.optimizer.swapped_weights():
             expected = [variable.numpy() for variable in model.variables]
@@ -781,7 +782,7 @@ class TestAverageModelCheckpoint:
         assert same(trainable(tf_keras.models.load_model(tmp_path / "model.keras")), averages)
 
     def test_before_the_first_update_it_saves_the_weights(self, tmp_path):
-        model = compiled(optimizer=tfav.SWA("sgd", start_averaging=1000))
+        model = compiled(optimizer=tfav.SWA(CURRENT.SGD(), start_averaging=1000))
         checkpoint = tfav.callbacks.AverageModelCheckpoint(True, str(tmp_path / "model.keras"))
         model.fit(X, Y, callbacks=[checkpoint], **FIT)
         assert same(trainable(tf_keras.models.load_model(tmp_path / "model.keras")), trainable(model))
@@ -879,7 +880,7 @@ class TestOtherCallbacks:
     def test_tensor_board(self, tmp_path):
         """With the graph, and with what the recipe in the docstring adds to the logs."""
         pytest.importorskip("tensorboard")
-        model = compiled(optimizer=tfav.ExponentialMovingAverage("sgd", dynamic_decay=False))
+        model = compiled(optimizer=tfav.ExponentialMovingAverage(CURRENT.SGD(), dynamic_decay=False))
         board = tf_keras.callbacks.TensorBoard(tmp_path, histogram_freq=1, write_graph=True)
         swap = tfav.callbacks.SwapAverageWeights(swap_on_epoch=True)
         note = tf_keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: logs.update(decay=0.99))
@@ -923,7 +924,7 @@ class TestOtherCallbacks:
         model, swap = compiled(), tfav.callbacks.SwapAverageWeights()
         for _ in range(2):
             recorder = Recorder()
-            model.compile(tfav.SWA("sgd", 0, 1), "mse")
+            model.compile(tfav.SWA(CURRENT.SGD(), 0, 1), "mse")
             model.fit(X, Y, validation_data=(X, Y), epochs=2, callbacks=[swap, recorder], **FIT)
             assert recorder.at(*EVALUATION) == {"averages"}
             assert recorder.at(*TRAINING) == {"raw"}

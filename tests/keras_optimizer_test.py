@@ -15,6 +15,7 @@
 
 import copy
 
+import keras as keras_3
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -124,18 +125,20 @@ def test_instance_is_used_itself():
 
 
 SCHEDULE = KERAS.optimizers.schedules.ExponentialDecay(0.3, 2, 0.5)
+KERAS_3 = keras_3.optimizers  # What a name means, as `tf.keras` is Keras 3.
+SCHEDULE_3 = KERAS_3.schedules.ExponentialDecay(0.3, 2, 0.5)
 LEGACY_SGD = {"class_name": "SGD", "config": {"momentum": 0.5}, "module": "keras.optimizers.legacy"}
 
 
 @pytest.mark.parametrize(
     ("given", "options", "make_inner"),
     [
-        *((name, {}, lambda name=name: CURRENT.get(name)) for name in ("sgd", "Adam", "rmsprop")),
+        *((name, {}, lambda name=name: KERAS_3.get(name)) for name in ("sgd", "Adam", "rmsprop")),
         *(
-            ("adam", {rate: 0.05, "clipvalue": 0.2}, lambda: CURRENT.Adam(0.05, clipvalue=0.2))
+            ("adam", {rate: 0.05, "clipvalue": 0.2}, lambda: KERAS_3.Adam(0.05, clipvalue=0.2))
             for rate in ("lr", "learning_rate")
         ),
-        ("sgd", {"learning_rate": SCHEDULE}, lambda: CURRENT.SGD(SCHEDULE)),
+        ("sgd", {"learning_rate": SCHEDULE_3}, lambda: KERAS_3.SGD(SCHEDULE_3)),
         *(
             (
                 CURRENT.serialize(module.SGD(SCHEDULE, momentum=0.5)),
@@ -201,13 +204,13 @@ def test_reduce_lr_on_plateau_callback(module):
 
 
 def test_slot_names():
-    assert tfav.SWA("sgd").get_slot_names() == ["average"]
+    assert tfav.SWA(CURRENT.SGD()).get_slot_names() == ["average"]
 
 
 def test_slots_are_there_in_the_scope_and_outside(strategy):
     with strategy.scope():
         variable = tf.Variable([1.0, 2.0])
-        optimizer = tfav.SWA("sgd")
+        optimizer = tfav.SWA(CURRENT.SGD())
         optimizer.shadow_copy([variable])
         average = optimizer.get_slot(variable, "average")
     assert optimizer.get_slot(variable, "average") is average
@@ -227,7 +230,7 @@ def test_slots_of_a_legacy_inner_optimizer():
 
 def test_add_slot_creates_the_average():
     variable = tf.Variable([1.0, 2.0])
-    optimizer = tfav.SWA("sgd")
+    optimizer = tfav.SWA(CURRENT.SGD())
     np.testing.assert_array_equal(optimizer.add_slot(variable, "average").numpy(), [1.0, 2.0])
     assert optimizer.has_shadow_copy
 

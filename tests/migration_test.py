@@ -27,6 +27,7 @@ import tf_averaging as tfav
 from tests import markdown_code
 from tests import numpy_averages
 from tests import testing_utils
+from tests.testing_utils import CURRENT
 from tests.testing_utils import KERAS
 
 GUIDE = markdown_code.ROOT / "docs" / "migration.md"
@@ -209,7 +210,7 @@ def test_averages_are_the_documented_ones(number, formula, tmp_path, monkeypatch
 @pytest.mark.parametrize("start_step", [1, 4])
 def test_tfm_as_its_code_counts(start_step):
     """It looks at the number of steps after counting the step; before `start_step` it copies."""
-    optimizer = tfav.ExponentialMovingAverage("sgd", average_decay=0.9, start_step=start_step - 1)
+    optimizer = tfav.ExponentialMovingAverage(CURRENT.SGD(), average_decay=0.9, start_step=start_step - 1)
     variable, weights = train(optimizer)
     average = np.zeros(3)
     for iterations, now in enumerate(weights[1:], 1):
@@ -223,7 +224,7 @@ def test_tfm_as_its_code_counts(start_step):
 
 def test_keras_3_starts_from_the_first_weights():
     """`momentum = 0` in the first step."""
-    optimizer = numpy_averages.ema(0.9, start=1, dynamic=False).wrap("sgd")
+    optimizer = numpy_averages.ema(0.9, start=1, dynamic=False).wrap(CURRENT.SGD())
     variable, weights = train(optimizer)
     np.testing.assert_allclose(optimizer.get_average(variable), ema(weights[1:]), rtol=1e-12)
 
@@ -231,7 +232,7 @@ def test_keras_3_starts_from_the_first_weights():
 def test_num_updates_of_moving_average():
     """A constant decay, `min(decay, (1 + n) / (10 + n))`."""
     decay = min(0.99, (1 + 5) / (10 + 5))
-    optimizer = numpy_averages.ema(decay, dynamic=False).wrap("sgd")
+    optimizer = numpy_averages.ema(decay, dynamic=False).wrap(CURRENT.SGD())
     variable, weights = train(optimizer)
     np.testing.assert_allclose(optimizer.get_average(variable), ema(weights, 0.4), rtol=1e-12)
 
@@ -256,7 +257,7 @@ def fit(model, callbacks):
 
 def test_average_model_checkpoint(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    model = linear_model(numpy_averages.ema(0.9, dynamic=False).wrap("sgd"))
+    model = linear_model(numpy_averages.ema(0.9, dynamic=False).wrap(CURRENT.SGD()))
     checkpoint = names_of(after_block("tfa.callbacks.AverageModelCheckpoint"))["checkpoint"]
     _, weights = fit(model, [checkpoint])  # The loss falls, so each epoch is the best.
     saved = KERAS.models.load_model("model.keras").get_weights()[0]
@@ -282,7 +283,7 @@ def test_ema_overwrite_frequency():
 
 
 def test_swap_ema_weights():
-    model = linear_model(numpy_averages.ema(0.9, dynamic=False).wrap("sgd"))
+    model = linear_model(numpy_averages.ema(0.9, dynamic=False).wrap(CURRENT.SGD()))
     callbacks = names_of(after_block("Keras SwapEMAWeights"))["callbacks"]
     val_loss, weights = fit(model, callbacks)
     losses = [np.mean((X @ ema(weights[: 2 * epoch + 3]) - Y) ** 2) for epoch in range(3)]

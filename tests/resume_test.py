@@ -348,7 +348,9 @@ def test_restored_early_then_saved_in_another_format(
 @pytest.mark.parametrize("form", [KerasFile, H5File, Checkpoint])
 def test_variables_of_a_subclass_are_saved(tmp_path, form):
     with KERAS.saving.custom_object_scope({"Counting": Counting}):
-        model, fresh = (testing_utils.new_model(Counting("sgd"), batch_norm=True) for _ in range(2))
+        model, fresh = (
+            testing_utils.new_model(Counting(CURRENT.SGD()), batch_norm=True) for _ in range(2)
+        )
         fit_steps(model, 3)
         model.optimizer.seen.assign(7)
         form.save(model, str(tmp_path))

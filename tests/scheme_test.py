@@ -150,7 +150,7 @@ def test_average_op_sees_the_dtype_of_the_average():
             seen.append((var.dtype, average_var.dtype, var.shape))
             return var
 
-    trained_variable(Recording("sgd"), tf.ones([2, 3], tf.bfloat16))
+    trained_variable(Recording(CURRENT.SGD()), tf.ones([2, 3], tf.bfloat16))
     assert seen == [(tf.float32, tf.float32, tf.TensorShape([2, 3]))]
 
 
@@ -162,7 +162,7 @@ def test_average_op_sees_the_dtype_of_the_average():
     ],
 )
 def test_config_of_a_scheme_has_its_arguments(cls, options):
-    optimizer = cls("adam", clipnorm=0.5, jit_compile=False, **options)
+    optimizer = cls(CURRENT.Adam(clipnorm=0.5), jit_compile=False, **options)
     copy = CURRENT.deserialize(CURRENT.serialize(optimizer))
     assert isinstance(copy, cls)
     assert copy.get_config() == optimizer.get_config()
@@ -179,7 +179,7 @@ def test_state_added_by_a_scheme_is_part_of_the_state():
             self.calls.assign_add(2)
             return super().average_op(var, average_var)
 
-    optimizer = Counting("sgd")
+    optimizer = Counting(CURRENT.SGD())
     trained_variable(optimizer, steps=3)
     assert optimizer.get_weights()[-1] == 6
 

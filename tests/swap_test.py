@@ -209,7 +209,7 @@ class TestSwappedWeights:
         assert not optimizer.weights_swapped
 
     def test_restores_after_ctrl_c_in_evaluate(self):
-        model = testing_utils.new_model(tfav.SWA("sgd", 0, 1))
+        model = testing_utils.new_model(tfav.SWA(CURRENT.SGD(), 0, 1))
         testing_utils.fit_steps(model, 2)
         before = bits(model.variables)
 
@@ -379,7 +379,7 @@ def test_on_read_variables_keep_each_replicas_own_value(mirrored_strategy):
             synchronization=tf.VariableSynchronization.ON_READ,
             aggregation=tf.VariableAggregation.MEAN,
         )
-        optimizer = tfav.ExponentialMovingAverage("sgd")
+        optimizer = tfav.ExponentialMovingAverage(CURRENT.SGD())
     set_bits(variable, [1.0, 5.0], each=True)
     optimizer.shadow_copy([variable])
     average = optimizer.get_slot(variable, "average")

@@ -36,7 +36,7 @@ from tests.testing_utils import trained_variable
 
 
 def test_first_step_creates_averages_of_trained_variables(strategy):
-    model = testing_utils.new_model(lambda: tfav.SWA("sgd"), batch_norm=True, strategy=strategy)
+    model = testing_utils.new_model(lambda: tfav.SWA(CURRENT.SGD()), batch_norm=True, strategy=strategy)
     assert not model.optimizer.has_shadow_copy
     testing_utils.fit_steps(model, 1)
     assert model.optimizer.has_shadow_copy
@@ -80,7 +80,7 @@ def test_list_of_a_models_variables_is_a_list():
 
     model = Model()
     model(X)
-    optimizer = tfav.SWA("sgd")
+    optimizer = tfav.SWA(CURRENT.SGD())
     optimizer.shadow_copy(model.chosen)
     model.compile(optimizer, "mse")
     model.fit(X, Y, verbose=0)
@@ -111,7 +111,7 @@ def test_model_is_followed():
 
 def test_unbuilt_model_is_followed_once_it_is_built():
     model = KERAS.Sequential([KERAS.layers.Dense(1)])
-    optimizer = tfav.ExponentialMovingAverage("sgd", trainable_weights_only=False)
+    optimizer = tfav.ExponentialMovingAverage(CURRENT.SGD(), trainable_weights_only=False)
     optimizer.shadow_copy(model)
     assert not optimizer.has_shadow_copy
     model.compile(optimizer, "mse")
@@ -199,7 +199,7 @@ def test_other_variables_are_passed_over():
     )
     text = tf.constant([["a b"], ["c d"], ["e f"]])
     model(text)
-    optimizer = tfav.ExponentialMovingAverage("sgd", trainable_weights_only=False)
+    optimizer = tfav.ExponentialMovingAverage(CURRENT.SGD(), trainable_weights_only=False)
     optimizer.shadow_copy(model)
     model.compile(optimizer, "mse", metrics=["mae"])
     model.fit(text, np.ones((3, 1)), verbose=0)
@@ -215,7 +215,9 @@ def test_other_variables_are_passed_over():
 
 def test_batch_norm_statistics_are_averaged_on_request(strategy):
     model = testing_utils.new_model(
-        lambda: tfav.SWA("sgd", 0, 1, trainable_weights_only=False), batch_norm=True, strategy=strategy
+        lambda: tfav.SWA(CURRENT.SGD(), 0, 1, trainable_weights_only=False),
+        batch_norm=True,
+        strategy=strategy,
     )
     model.optimizer.shadow_copy(model)
     moving_mean = model.get_layer("bn").moving_mean
@@ -268,7 +270,7 @@ def test_update_by_hand_on_replicas_in_a_function(mirrored_strategy):
 
 def test_update_by_hand_before_the_start_step_is_at_the_beginning_of_the_warm_up():
     variable = tf.Variable(1.0)
-    optimizer = tfav.ExponentialMovingAverage("sgd", start_step=11)
+    optimizer = tfav.ExponentialMovingAverage(CURRENT.SGD(), start_step=11)
     optimizer.shadow_copy([variable])
     optimizer.update_average()
     variable.assign(11.0)
@@ -329,7 +331,7 @@ class TestBeginAveraging:
 
     @pytest.mark.parametrize("suffix", ["keras", "h5"])
     def test_is_saved_in_files_and_not_in_the_config(self, tmp_path, suffix):
-        model = testing_utils.new_model(tfav.ExponentialMovingAverage("sgd"))
+        model = testing_utils.new_model(tfav.ExponentialMovingAverage(CURRENT.SGD()))
         model.optimizer.begin_averaging(5)
         testing_utils.fit_steps(model, 2)
         assert model.optimizer.get_config()["start_step"] == 0
@@ -340,17 +342,17 @@ class TestBeginAveraging:
         assert loaded.optimizer.num_averaged == 1
 
     def test_first_call_counts(self):
-        optimizer = tfav.SWA("sgd")
+        optimizer = tfav.SWA(CURRENT.SGD())
         optimizer.begin_averaging(3)
         optimizer.begin_averaging(7)
         assert optimizer.start_averaging == 3
 
     def test_errors(self):
         with pytest.raises(ValueError, match="a start in steps already, 5.*Received: step=3"):
-            tfav.SWA("sgd", start_averaging=5).begin_averaging(3)
+            tfav.SWA(CURRENT.SGD(), start_averaging=5).begin_averaging(3)
         with pytest.raises(ValueError, match="step=-1"):
-            tfav.SWA("sgd").begin_averaging(-1)
-        optimizer = tfav.SWA("sgd")
+            tfav.SWA(CURRENT.SGD()).begin_averaging(-1)
+        optimizer = tfav.SWA(CURRENT.SGD())
         trained_variable(optimizer)
         with pytest.raises(ValueError, match="has begun already.*num_averaged=1"):
             optimizer.begin_averaging(3)

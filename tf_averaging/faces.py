@@ -264,8 +264,10 @@ def parts(optimizer: Any) -> list:
 
 def _check_inner(cls: Any, optimizer: object) -> None:
     """Refuses what is no optimizer of the Keras, and a LossScaleOptimizer."""
-    types = [f"a `{name}`" for name in cls.inner_types]
-    expected = f"Expected {', '.join(types)}, the name of one, or its config dict."
+    expected = (
+        "Expected a `keras.optimizers.Optimizer` (Keras 3), a `tf_keras.optimizers.Optimizer` or a "
+        "`tf_keras.optimizers.legacy.Optimizer`, the name of one, or its config dict."
+    )
     received = f"Received: {optimizer!r} of type {type(optimizer)}"
     if isinstance(optimizer, cls.keras.mixed_precision.LossScaleOptimizer):
         raise TypeError(
@@ -276,7 +278,7 @@ def _check_inner(cls: Any, optimizer: object) -> None:
         )
     if inspect.isclass(optimizer):
         raise TypeError(f"Received a class, not an optimizer: call it first. {expected} {received}")
-    if not isinstance(optimizer, tuple(cls.inner_types.values())):
+    if not isinstance(optimizer, cls.inner_types):
         raise TypeError(f"{expected} {received}")
 
 

@@ -123,30 +123,28 @@ def tf_variable(variable):
     return getattr(variable, "_value", variable) if _is_of(variable, "keras") else variable
 
 
-def check_schedule(keras: Any, name: str, value: Any) -> None:
+def check_schedule(keras: ModuleType, name: str, value: object) -> None:
     """Refuses a schedule of the other Keras as a setting of an optimizer of this one."""
-    expected = keras.optimizers.schedules.LearningRateSchedule
-    if is_schedule(value) and not isinstance(value, expected):
+    if is_schedule(value) and not isinstance(value, keras.optimizers.schedules.LearningRateSchedule):
         raise TypeError(
-            f"Expected `{name}` to be a number or a schedule of {keras.__name__}, as the inner optimizer "
-            f"is of {keras.__name__}. Received a schedule of {of(value).__name__}: {value!r}"
+            f"Expected a number or a schedule of {_full_name(keras)} for `{name}`, as the inner optimizer "
+            f"is of {_full_name(keras)}. Received a schedule of {_full_name(of(value))}: {value!r}"
         )
 
 
-def check_same_keras(keras: Any, thing: object) -> None:
+def check_same_keras(keras: ModuleType, thing: object) -> None:
     """Refuses a model or variable that comes from another Keras than the optimizer."""
-    packages = {cls.__module__.partition(".")[0] for cls in type(thing).__mro__}
-    others = packages.intersection(NAMES) - {keras.__name__}
-    if others:
+    its_keras = _find(thing)
+    if its_keras is not None and not _is_of(thing, keras.__name__):
         raise TypeError(
-            f"Expected a model or variables of TensorFlow or {keras.__name__}, as the optimizer is of "
-            f"{keras.__name__}. `tf.keras` is {available()[0].__name__} here: tf_keras if "
-            "TF_USE_LEGACY_KERAS=1 is set before TensorFlow is imported, otherwise Keras 3 (`keras`). "
-            f"Received what comes from {others.pop()}: {thing!r}"
+            f"Expected a model or variables of TensorFlow or {_full_name(keras)}, as the optimizer is of "
+            f"{_full_name(keras)}. Received what comes from {_full_name(its_keras)}. (`tf.keras` is Keras "
+            "3, or tf_keras if TF_USE_LEGACY_KERAS=1 is set before TensorFlow is imported.) "
+            f"{_received(thing)}"
         )
 
 
-def checked_list(keras: Any, variables: Any, expected: str) -> list:
+def checked_list(keras: ModuleType, variables: Any, expected: str) -> list:
     """An iterable of variables, none of another Keras, as a list."""
     try:
         variables = list(variables)
@@ -157,7 +155,7 @@ def checked_list(keras: Any, variables: Any, expected: str) -> list:
     return variables
 
 
-def checked_pairs(keras: Any, grads_and_vars: Iterable) -> Tuple[list, list]:
+def checked_pairs(keras: ModuleType, grads_and_vars: Iterable) -> Tuple[list, list]:
     """The gradients and the variables of (gradient, variable) pairs."""
     expected = "Expected (gradient, variable) pairs."
     try:
@@ -187,6 +185,10 @@ def _find(thing: object) -> Optional[ModuleType]:
 
 def _is_of(thing: object, package: str) -> bool:
     return any(cls.__module__.partition(".")[0] == package for cls in type(thing).__mro__)
+
+
+def _full_name(keras: ModuleType) -> str:
+    return "Keras 3" if keras.__name__ == "keras" else keras.__name__
 
 
 def _received(thing: object) -> str:

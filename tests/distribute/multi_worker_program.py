@@ -197,7 +197,10 @@ def averaging_does_not_communicate(strategy):
     """No collective operation in a step whose gradients are summed already, nor in a swap."""
     with strategy.scope():
         variables = [tf.Variable(tf.ones([40, 1000])), tf.Variable(tf.ones([5], tf.float16))]
-        optimizers = [tfav.SWA("sgd", 1, 2), tfav.ExponentialMovingAverage("sgd", average_period=2)]
+        optimizers = [
+            tfav.SWA(tf_keras.optimizers.SGD(), 1, 2),
+            tfav.ExponentialMovingAverage(tf_keras.optimizers.SGD(), average_period=2),
+        ]
 
     def step(optimizer, skip):
         pairs = [(tf.ones_like(variable), variable) for variable in variables[:1]]

@@ -423,7 +423,7 @@ def nothing_is_compiled_and_nothing_moves(strategy):
     """The averages are updated on the parameter servers; no value larger than a scalar leaves them."""
     with strategy.scope():
         kernel = tf.Variable(tf.ones([checks.INPUTS, checks.HIDDEN]))
-        optimizer = tfav.ExponentialMovingAverage("sgd", jit_compile=True)
+        optimizer = tfav.ExponentialMovingAverage(tf_keras.optimizers.SGD(), jit_compile=True)
     optimizer.shadow_copy([kernel] if not is_sharded(kernel) else kernel.variables)
     graph = tf.function(optimizer.update_average, autograph=False).get_concrete_function().graph
     graphs = [graph, *_inner_graphs(graph)]

@@ -44,10 +44,7 @@ class Keras2Face(tf_keras.optimizers.Optimizer):
 
     keras = tf_keras
     keras_name = "tf_keras"
-    inner_types = {
-        "tf_keras.optimizers.Optimizer": tf_keras.optimizers.Optimizer,
-        "tf_keras.optimizers.legacy.Optimizer": tf_keras.optimizers.legacy.Optimizer,
-    }
+    inner_types = (tf_keras.optimizers.Optimizer, tf_keras.optimizers.legacy.Optimizer)
     # Where a config says that an optimizer is, and where it is.
     modules = {
         "keras.optimizers": tf_keras.optimizers,

@@ -45,7 +45,7 @@ class Keras3Face(keras.optimizers.Optimizer):
 
     keras = keras
     keras_name = "keras"
-    inner_types = {"keras.optimizers.Optimizer": keras.optimizers.Optimizer}
+    inner_types = (keras.optimizers.Optimizer,)
     # Where a config says that an optimizer is, and where it is.
     modules = {"keras.optimizers": keras.optimizers}
     # How a config without a module is read.
