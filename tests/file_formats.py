@@ -19,13 +19,13 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from tests.testing_utils import KERAS
 from tests.testing_utils import averages_of
 from tests.testing_utils import averaging
 from tests.testing_utils import bits
 from tests.testing_utils import fit_steps
 from tests.testing_utils import has_average
 from tests.testing_utils import values
+from tf_averaging import kerases
 
 
 def state_of(model, with_statistics: bool = True) -> dict:
@@ -36,14 +36,15 @@ def state_of(model, with_statistics: bool = True) -> dict:
     state = {"weights": values(variables), "optimizer": optimizer.get_weights()}
     state["averages"] = averages_of(optimizer, averaged)
     if optimizer is not model.optimizer:
-        scaling = model.optimizer
-        state["loss_scale"] = [scaling.loss_scale.numpy(), np.asarray(scaling.dynamic_counter)]
+        names = ("loss_scale", "dynamic_counter")
+        if keras_of(model).__name__ == "keras":
+            names = ("dynamic_scale", "step_counter")
+        state["loss_scale"] = [np.asarray(getattr(model.optimizer, name).numpy()) for name in names]
     return {name: bits(arrays) for name, arrays in state.items()}
 
 
 def keras_of(model):
-    """The Keras that a model is of: the only one so far."""
-    return KERAS
+    return kerases.of_model(model)
 
 
 def checkpoint_of(model) -> tf.train.Checkpoint:
@@ -53,7 +54,11 @@ def checkpoint_of(model) -> tf.train.Checkpoint:
 def build(model) -> None:
     """Creates all variables of the optimizer."""
     with model.distribute_strategy.scope():
-        averaging(model.optimizer).build(model.trainable_variables)
+        if keras_of(model).__name__ == "keras":
+            if not model.optimizer.built:
+                model.optimizer.build(model.trainable_variables)
+        else:
+            averaging(model.optimizer).build(model.trainable_variables)
 
 
 class Checkpoint:
@@ -175,7 +180,7 @@ class ModelCheckpoint(KerasFile):
     def save(cls, model, path):
         saver = keras_of(model).callbacks.ModelCheckpoint(path + cls.name, **cls.options)
         saver.set_model(model)
-        saver.on_epoch_end(0)
+        saver.on_epoch_end(0, {})
 
 
 class ModelCheckpointOfWeights(ModelCheckpoint):
@@ -201,6 +206,15 @@ class Backup:
             return model
 
 
+class BackupOfBuilt(Backup):
+    """The same with Keras 3, which keeps the optimizer in a `.weights.h5` file."""
+
+    @classmethod
+    def resume(cls, model, path):
+        build(model)
+        return super().resume(model, path)
+
+
 @contextlib.contextmanager
 def in_training(model, path):
     backup = keras_of(model).callbacks.BackupAndRestore(path, delete_checkpoint=False)
@@ -210,6 +224,7 @@ def in_training(model, path):
         yield backup
         backup.on_train_end()
     model._training_state = None  # The callback has deleted it, and the next `fit` asks for it.
+    model._initial_epoch = None  # Keras 3 would begin with the next epoch.
 
 
 class SavedModel(KerasFile):
@@ -253,6 +268,19 @@ FORMATS = [
     ModelCheckpointOfWeights,
     Backup,
     SavedModel,
+    Arrays,
+]
+# In Keras 3. It loads `.weights.h5` files into optimizers that have been built only.
+KERAS_3_FORMATS = [
+    Checkpoint,
+    EarlyCheckpoint,
+    CheckpointOfOtherValues,
+    AsyncCheckpoint,
+    Manager,
+    KerasFile,
+    WeightsOfNewFormat,
+    ModelCheckpoint,
+    BackupOfBuilt,
     Arrays,
 ]
 

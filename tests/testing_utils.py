@@ -26,6 +26,7 @@ import tf_keras as KERAS
 
 import tf_averaging as tfav
 from tests import numpy_averages
+from tf_averaging import kerases
 
 CURRENT, LEGACY = KERAS.optimizers, KERAS.optimizers.legacy
 GENERATIONS = {"current": CURRENT, "legacy": LEGACY}
@@ -41,6 +42,7 @@ swapped_or_not = pytest.mark.parametrize("swapped", [False, True], ids=["", "swa
 
 def read(variable) -> np.ndarray:
     """The values on all replicas of this process, stacked."""
+    variable = kerases.tf_variable(variable)
     return np.stack([value.numpy() for value in getattr(variable, "values", [variable])])
 
 

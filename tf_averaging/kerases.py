@@ -127,8 +127,8 @@ def check_schedule(keras: ModuleType, name: str, value: object) -> None:
     """Refuses a schedule of the other Keras as a setting of an optimizer of this one."""
     if is_schedule(value) and not isinstance(value, keras.optimizers.schedules.LearningRateSchedule):
         raise TypeError(
-            f"Expected a number or a schedule of {_full_name(keras)} for `{name}`, as the inner optimizer "
-            f"is of {_full_name(keras)}. Received a schedule of {_full_name(of(value))}: {value!r}"
+            f"Expected a number or a schedule of {_full_name(keras)} for `{name}`, as the inner "
+            f"optimizer is of {_full_name(keras)}. Received one of {_full_name(of(value))}: {value!r}"
         )
 
 
@@ -138,8 +138,8 @@ def check_same_keras(keras: ModuleType, thing: object) -> None:
     if its_keras is not None and not _is_of(thing, keras.__name__):
         raise TypeError(
             f"Expected a model or variables of TensorFlow or {_full_name(keras)}, as the optimizer is of "
-            f"{_full_name(keras)}. Received what comes from {_full_name(its_keras)}. (`tf.keras` is Keras "
-            "3, or tf_keras if TF_USE_LEGACY_KERAS=1 is set before TensorFlow is imported.) "
+            f"{_full_name(keras)}. Received what comes from {_full_name(its_keras)}. (`tf.keras` is "
+            "Keras 3, or tf_keras if TF_USE_LEGACY_KERAS=1 is set before TensorFlow is imported.) "
             f"{_received(thing)}"
         )
 

@@ -1,0 +1,669 @@
+# Copyright 2026 The tf_averaging Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Around an optimizer of Keras 3 the same holds as around one of tf_keras."""
+
+import copy
+import pickle
+import subprocess
+import sys
+import warnings
+
+import keras as keras_3
+import numpy as np
+import pytest
+import tensorflow as tf
+import tf_keras
+
+import tf_averaging as tfav
+from tests import file_formats
+from tests import numpy_averages
+from tests import testing_utils
+from tests.testing_utils import BATCH
+from tests.testing_utils import X
+from tests.testing_utils import Y
+from tests.testing_utils import assert_same_bits
+from tests.testing_utils import averaging
+from tests.testing_utils import fit_steps
+from tests.testing_utils import read
+from tests.testing_utils import read_all
+from tests.testing_utils import with_loss_scaling
+
+OPTIMIZERS = keras_3.optimizers
+SGD = OPTIMIZERS.SGD
+DEFAULT = tf.distribute.get_strategy()
+
+
+def new_model(optimizer=None, **options):
+    return testing_utils.new_model(optimizer, keras=keras_3, **options)
+
+
+def fit(make_optimizer, strategy=DEFAULT, build_model=new_model, **compile_options):
+    """Six steps; the weights after each."""
+    return testing_utils.fit(strategy, make_optimizer, build_model, keras=keras_3, **compile_options)
+
+
+def everything(model) -> list:
+    """The bits of the weights and of all that the optimizer has."""
+    return testing_utils.bits([*read_all(model.variables), *averaging(model.optimizer).get_weights()])
+
+
+# Averages equal their definition, and the weights are those of the bare optimizer.
+
+EACH_OPTIMIZER = {
+    "SGD": lambda: SGD(0.1, momentum=0.9, nesterov=True, weight_decay=0.01, clipnorm=0.5),
+    "Adam": lambda: OPTIMIZERS.Adam(0.02, amsgrad=True, global_clipnorm=1.0),
+    "AdamW": lambda: OPTIMIZERS.AdamW(OPTIMIZERS.schedules.ExponentialDecay(0.02, 2, 0.5)),
+    "Nadam": lambda: OPTIMIZERS.Nadam(0.02),
+    "RMSprop": lambda: OPTIMIZERS.RMSprop(0.02, centered=True, momentum=0.5),
+    "Adagrad": lambda: OPTIMIZERS.Adagrad(0.1),
+    "Adadelta": lambda: OPTIMIZERS.Adadelta(1.0),
+    "Adamax": lambda: OPTIMIZERS.Adamax(0.02),
+    "Adafactor": lambda: OPTIMIZERS.Adafactor(0.02),
+    "Lion": lambda: OPTIMIZERS.Lion(0.02),
+    "Lamb": lambda: OPTIMIZERS.Lamb(0.02),
+    "Ftrl": lambda: OPTIMIZERS.Ftrl(0.1, loss_scale_factor=8.0),
+    "Muon": lambda: OPTIMIZERS.Muon(0.02),
+    "MultiOptimizer": lambda: OPTIMIZERS.MultiOptimizer(
+        OPTIMIZERS.OptimizerMap(OPTIMIZERS.Adam(0.02), {".*bias": SGD(0.1)})
+    ),
+}
+IN_EACH_MODE = {
+    "graph": {},
+    "eager": {"run_eagerly": True},
+    "XLA": {"jit_compile": True},
+    "steps_per_execution": {"steps_per_execution": 3},
+}
+SCHEMES = {
+    "EMA": numpy_averages.ema(0.9, dynamic=False),
+    "dynamic EMA": numpy_averages.ema(0.9),
+    "late EMA": numpy_averages.ema(0.8, start=2, dynamic=False, period=2),
+    "SWA": numpy_averages.swa(1, 2),
+}
+
+
+def sample():
+    """Each optimizer in graphs, and in one of the other modes; the schemes take turns."""
+    modes, schemes = list(IN_EACH_MODE), list(SCHEMES)
+    for index, name in enumerate(name for name in EACH_OPTIMIZER if hasattr(OPTIMIZERS, name)):
+        yield name, "graph", schemes[index % 4]
+        yield name, modes[1 + index % 3], schemes[(index + 1) % 4]
+
+
+@pytest.mark.parametrize(("name", "mode", "scheme"), sample())
+def test_averages_and_undisturbed_weights(name, mode, scheme):
+    scheme, make = SCHEMES[scheme], EACH_OPTIMIZER[name]
+    run = fit(lambda: scheme.wrap(make()), **IN_EACH_MODE[mode])
+    bare = fit(make, **IN_EACH_MODE[mode])
+    assert isinstance(run.optimizer, OPTIMIZERS.Optimizer)
+    if mode == "XLA":
+        for expected, actual in zip(bare.history, run.history):
+            for one, other in zip(expected, actual):
+                np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
+    else:
+        testing_utils.assert_same_training(bare, run)
+    if mode == "steps_per_execution":  # Whose callbacks do not see each step.
+        run = run._replace(history=fit(make).history)
+    testing_utils.assert_averages(run, scheme, tolerance=3e-6)
+
+
+@pytest.mark.parametrize("as_function", [False, True], ids=["eager", "function"])
+@pytest.mark.parametrize("keras_variables", [False, True], ids=["tf", "keras"])
+@pytest.mark.parametrize("method", ["apply", "apply_gradients"])
+def test_custom_loop(strategy, method, keras_variables, as_function):
+    def run(wrap) -> list:
+        with strategy.scope():
+            variable = (keras_3.Variable if keras_variables else tf.Variable)([1.0, 2.0])
+            optimizer = wrap(SGD(0.1, momentum=0.9))
+            optimizer.build([variable])
+
+        def replica_step(step):
+            replica = tf.distribute.get_replica_context().replica_id_in_sync_group
+            gradient = tf.stack([step + tf.cast(replica, tf.float32), 1.0])
+            if method == "apply":
+                optimizer.apply([gradient])
+            else:
+                optimizer.apply_gradients([(gradient, variable)])
+
+        def train_step(step):
+            strategy.run(replica_step, args=(step,))
+
+        train_step = tf.function(train_step) if as_function else train_step
+        history = [read(variable)]
+        for step in range(4):
+            train_step(tf.constant(float(step)))
+            history.append(read(variable))
+        return testing_utils.Run(optimizer, [variable], [[values] for values in history])
+
+    scheme = numpy_averages.ema(0.5, dynamic=False)
+    wrapped = run(scheme.wrap)
+    testing_utils.assert_same_training(run(lambda optimizer: optimizer), wrapped)
+    testing_utils.assert_averages(wrapped, scheme)
+
+
+def test_constraint_is_applied_once_and_before_the_update():
+    variable = keras_3.Variable(1.0)
+    calls = []
+    variable.constraint = lambda value: calls.append(1) or keras_3.ops.maximum(value, 0.5)
+    optimizer = tfav.SWA(SGD(1.0), 0, 1)
+    optimizer.apply([tf.constant(3.0)], [variable])
+    assert len(calls) == 1
+    assert variable.numpy() == optimizer.get_average(variable) == 0.5
+
+
+@pytest.mark.parametrize("as_function", [False, True], ids=["eager", "function"])
+@pytest.mark.parametrize("several", [False, True], ids=["", "MultiOptimizer"])
+def test_accumulating_gradients_counts_steps_that_move_weights(several, as_function):
+    inner = SGD(1.0, gradient_accumulation_steps=3)
+    if several:
+        inner = OPTIMIZERS.MultiOptimizer(OPTIMIZERS.OptimizerMap(inner))
+    optimizer, variable = tfav.SWA(inner, 1, 2), keras_3.Variable(0.0)
+    optimizer.build([variable])
+
+    def step():
+        optimizer.apply([tf.constant(1.0)], [variable])
+
+    step = tf.function(step) if as_function else step
+    averages = []
+    for _ in range(12):
+        step()
+        averages.append((float(optimizer.get_average(variable)), int(optimizer.num_averaged)))
+    # The weights are 0, 0, -1, ..., and -2 and -4 are averaged. Before that the average is the weights.
+    assert averages == [(0, 0)] * 2 + [(-1, 0)] * 3 + [(-2, 1)] * 6 + [(-3, 2)]
+
+
+@pytest.mark.parametrize("follow", [False, True])
+def test_variables_that_gradients_overwrite_are_passed_over(follow):
+    class Layer(keras_3.layers.Layer):
+        def build(self, input_shape):
+            self.kernel = self.add_weight(shape=[], initializer="ones")
+            self.scale = self.add_weight(shape=[], initializer="ones")
+            self.scale.overwrite_with_gradient = True
+
+    layer = Layer()
+    layer.build([1])
+    optimizer = tfav.SWA(SGD(1.0), 0, 1, trainable_weights_only=not follow)
+    if follow:
+        optimizer.shadow_copy(layer)
+    for _ in range(2):
+        optimizer.apply([tf.constant(1.0), tf.constant(7.0)], [layer.kernel, layer.scale])
+    assert layer.scale.numpy() == 7.0
+    assert optimizer.get_average(layer.kernel) == -0.5
+    with pytest.raises(KeyError):
+        optimizer.get_average(layer.scale)
+
+
+@pytest.mark.parametrize(
+    ("policy", "skips", "dtype"),
+    [
+        ("mixed_float16", True, "float32"),
+        ("mixed_bfloat16", False, "float32"),
+        ("float16", False, "float16"),
+    ],
+)
+def test_mixed_precision(policy, skips, dtype):
+    keras_3.mixed_precision.set_global_policy(policy)
+    model = new_model(tfav.ExponentialMovingAverage(SGD(0.01), average_decay=0.5, dynamic_decay=False))
+    optimizer, weights = averaging(model.optimizer), model.trainable_variables
+    history = [read_all(weights)]
+    for step in range(5):
+        inputs = X[:BATCH].copy()
+        inputs[0, 0] = np.inf if skips and step == 2 else 1.0
+        model.train_on_batch(inputs, Y[:BATCH])
+        history.append(read_all(weights))
+    assert weights[0].dtype == dtype
+    run = testing_utils.Run(optimizer, weights, history)
+    scheme = numpy_averages.ema(0.5, dynamic=False)
+    testing_utils.assert_averages(run, scheme, skipped=[2] if skips else [])
+    assert optimizer.get_slot(weights[0], "average").dtype == tf.float32
+
+
+@pytest.mark.parametrize("trainable_only", [True, False], ids=["", "with_statistics"])
+@with_loss_scaling
+def test_fit_on_replicas(mirrored_strategy, loss_scaling, trainable_only):
+    """Statistics of BatchNormalization differ between the replicas, and so do their averages."""
+
+    def train(wrap):
+        model = new_model(
+            lambda: wrap(SGD(0.1, momentum=0.9)),
+            batch_norm=True,
+            loss_scaling=loss_scaling,
+            strategy=mirrored_strategy,
+        )
+        if wrap is swa:
+            averaging(model.optimizer).shadow_copy(model)
+        history = []
+        look = keras_3.callbacks.LambdaCallback(
+            on_train_batch_end=lambda batch, logs: history.append(read_all(model.variables))
+        )
+        fit_steps(model, 6, [look])
+        return model, history
+
+    def swa(inner):
+        return tfav.SWA(inner, 0, 1, trainable_weights_only=trainable_only)
+
+    _, expected = train(lambda inner: inner)
+    model, history = train(swa)
+    for bare, wrapped in zip(expected, history):
+        assert_same_bits(wrapped, bare)
+    optimizer, averaged = averaging(model.optimizer), 0
+    for index, variable in enumerate(model.variables):
+        if testing_utils.has_average(optimizer, variable):
+            averaged += 1
+            mean = np.mean([values[index].astype(np.float64) for values in history], axis=0)
+            average = read(optimizer.get_slot(variable, "average"))
+            np.testing.assert_allclose(average, mean, rtol=3e-6, atol=3e-6)
+    assert averaged == (6 if trainable_only else 8)
+    if not trainable_only:
+        first, second = read(optimizer.get_slot(model.get_layer("bn").moving_mean, "average"))
+        assert not np.array_equal(first, second)
+
+
+# Swapping.
+
+
+def test_swap_is_exact(strategy):
+    odd = np.array([np.nan, np.inf, -np.inf, -0.0, 1e-42, 1.0], np.float32)
+    with strategy.scope():
+        variable = keras_3.Variable(odd)
+        optimizer = tfav.ExponentialMovingAverage(SGD(1.0), start_step=5)
+        optimizer.build([variable])
+    strategy.run(lambda: optimizer.apply([tf.zeros(6)], [variable]))
+    optimizer.update_average(0.0)
+    slot = optimizer.get_slot(variable, "average")
+    slot.assign(odd[::-1].copy())
+    weights, average = testing_utils.bits([read(variable)]), testing_utils.bits([read(slot)])
+    optimizer.swap_weights()
+    assert optimizer.weights_swapped
+    assert testing_utils.bits([read(variable)]) == average
+    assert testing_utils.bits([read(slot)]) == weights
+    optimizer.swap_weights()
+    assert testing_utils.bits([read(variable)]) == weights
+    assert testing_utils.bits([read(slot)]) == average
+
+
+def test_predict_that_was_compiled_before_sees_the_averages():
+    model = new_model(tfav.SWA(SGD(0.1), 0, 1))
+    fit_steps(model, 3)
+    raw = model.predict(X, verbose=0)
+    expected = new_model()
+    expected.set_weights([model.optimizer.get_average(v).numpy() for v in model.trainable_variables])
+    with model.optimizer.swapped_weights():
+        np.testing.assert_array_equal(model.predict(X, verbose=0), expected.predict(X, verbose=0))
+    np.testing.assert_array_equal(model.predict(X, verbose=0), raw)
+
+
+@pytest.mark.parametrize("mode", IN_EACH_MODE)
+@with_loss_scaling
+def test_training_while_swapped(mode, loss_scaling):
+    optimizer = tfav.SWA(OPTIMIZERS.Adam(0.1), 0, 1)
+    model = new_model()
+    compiled = testing_utils.loss_scaled(optimizer, keras_3) if loss_scaling else optimizer
+    model.compile(compiled, "mse", **IN_EACH_MODE[mode])
+    fit_steps(model, 3)
+    optimizer.swap_weights()
+    before = everything(model)
+    with pytest.raises(tf.errors.InvalidArgumentError, match="swap_weights"):
+        fit_steps(model, 3)
+    assert everything(model) == before
+
+
+def test_training_replicas_while_swapped(mirrored_strategy):
+    model = new_model(lambda: tfav.SWA(SGD(0.1), 0, 1), strategy=mirrored_strategy)
+    fit_steps(model, 2)
+    model.optimizer.swap_weights()
+    before = read_all(model.trainable_variables)
+    with pytest.raises(tf.errors.InvalidArgumentError, match="swap_weights"):
+        fit_steps(model, 1)
+    assert_same_bits(read_all(model.trainable_variables), before)
+
+
+# Files.
+
+
+def new_saved_model(loss_scaling=False, trainable_only=True, seed=1, strategy=DEFAULT):
+    model = new_model(
+        lambda: tfav.ExponentialMovingAverage(OPTIMIZERS.Adam(0.02), trainable_only, start_step=1),
+        batch_norm=True,
+        loss_scaling=loss_scaling,
+        seed=seed,
+        strategy=strategy,
+    )
+    if not trainable_only:
+        averaging(model.optimizer).shadow_copy(model)
+    return model
+
+
+class Pickled:
+    """A copy of the model, which Keras makes by way of a `.keras` file."""
+
+    @staticmethod
+    def save(model, path):
+        with open(path + "/model.pickle", "wb") as file:
+            pickle.dump(model, file)
+
+    @staticmethod
+    def resume(model, path):
+        with open(path + "/model.pickle", "rb") as file:
+            return copy.deepcopy(pickle.load(file))
+
+
+FORMATS = [*file_formats.KERAS_3_FORMATS, Pickled]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A directory with a run saved in all formats, swapped and not, and its state 20 steps later."""
+    made = {}
+
+    def get(loss_scaling, trainable_only):
+        key = (loss_scaling, trainable_only)
+        if key not in made:
+            path = tmp_path_factory.mktemp("saved")
+            model = new_saved_model(*key)
+            fit_steps(model, 5)
+            for swapped in (False, True):
+                for form in FORMATS:
+                    directory = path / str(swapped) / form.__name__
+                    directory.mkdir(parents=True)
+                    form.save(model, str(directory))
+                averaging(model.optimizer).swap_weights()
+            fit_steps(model, 20)
+            made[key] = path, state_of(model)
+        return made[key]
+
+    return get
+
+
+def state_of(model) -> dict:
+    """With statistics, the order of the averages depends on the format."""
+    return {name: sorted(bits) for name, bits in file_formats.state_of(model).items()}
+
+
+@pytest.mark.parametrize("form", FORMATS, ids=lambda form: form.__name__)
+@pytest.mark.parametrize(
+    ("loss_scaling", "trainable_only"),
+    [(False, True), (True, True), (True, False)],
+    ids=["", "loss_scaling", "loss_scaling-with_statistics"],
+)
+@testing_utils.swapped_or_not
+def test_resumes_exactly(form, loss_scaling, trainable_only, swapped, saved):
+    path, expected = saved(loss_scaling, trainable_only)
+    model = new_saved_model(loss_scaling, trainable_only, seed=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        model = form.resume(model, str(path / str(swapped) / form.__name__))
+    optimizer = averaging(model.optimizer)
+    if not trainable_only:
+        optimizer.shadow_copy(model)
+    assert optimizer.weights_swapped == swapped
+    if swapped:
+        optimizer.swap_weights()
+    fit_steps(model, 20)
+    actual = state_of(model)
+    differing = {name for name in expected if actual[name] != expected[name]}
+    assert differing <= file_formats.lost(form, loss_scaling)
+
+
+def test_restored_early_then_stepped(tmp_path):
+    """Without a look at the optimizer in between, which would create its variables."""
+    model, resumed = new_saved_model(), new_saved_model(seed=2)
+    fit_steps(model, 5)
+    path = file_formats.checkpoint_of(model).save(tmp_path / "ckpt")
+    file_formats.checkpoint_of(resumed).restore(path)
+    for each in (model, resumed):
+        fit_steps(each, 3)
+    assert everything(resumed) == everything(model)
+
+
+def test_replicas_resume(mirrored_strategy, tmp_path):
+    model = new_saved_model(strategy=mirrored_strategy)
+    fit_steps(model, 5)
+    path = file_formats.checkpoint_of(model).save(tmp_path / "ckpt")
+    model.save(tmp_path / "model.keras")
+    resumed = new_saved_model(strategy=mirrored_strategy, seed=2)
+    with mirrored_strategy.scope():
+        file_formats.checkpoint_of(resumed).restore(path)
+        loaded = keras_3.models.load_model(tmp_path / "model.keras")
+    for each in (model, resumed, loaded):
+        fit_steps(each, 3)
+    for other in (resumed, loaded):
+        assert_same_bits(read_all(other.trainable_variables), read_all(model.trainable_variables))
+        assert_same_bits(other.optimizer.get_weights(), model.optimizer.get_weights())
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["early", "late"])
+@pytest.mark.parametrize("form", ["ckpt", "x.keras", "x.weights.h5"])
+@with_loss_scaling
+def test_files_of_a_bare_optimizer(form, late, loss_scaling, tmp_path):
+    bare = new_model(OPTIMIZERS.Adam(0.02), loss_scaling=loss_scaling)
+    fit_steps(bare, 5)
+    make = lambda: tfav.SWA(OPTIMIZERS.Adam(0.02), 0, 1)  # noqa: E731
+    model = new_model(make, loss_scaling=loss_scaling, seed=2)
+    if late:
+        fit_steps(model, 2)
+    elif form != "ckpt":
+        model.optimizer.build(model.trainable_variables)
+    if form == "ckpt":
+        path = file_formats.checkpoint_of(bare).save(tmp_path / form)
+        load = file_formats.checkpoint_of(model).restore
+    else:
+        path, load = tmp_path / form, model.load_weights
+        (bare.save if form == "x.keras" else bare.save_weights)(path)
+    with pytest.warns(UserWarning, match="without averages. They start from the weights"):
+        load(path)
+    for each in (bare, model):
+        fit_steps(each, 3)
+    assert_same_bits(read_all(model.variables), read_all(bare.variables))
+    inner = getattr(bare.optimizer, "inner_optimizer", bare.optimizer)
+    optimizer = averaging(model.optimizer)
+    assert_same_bits(read_all(optimizer.inner_optimizer.variables), read_all(inner.variables))
+    assert (int(optimizer.iterations), int(optimizer.num_averaged)) == (8, 3)
+
+
+SCHEME = """
+import sys
+import keras, tf_keras
+import numpy as np
+import tf_averaging as tfav
+
+@keras.saving.register_keras_serializable("mine")
+@tf_keras.saving.register_keras_serializable("mine")
+class RunningMean(tfav.AveragedOptimizerWrapper):
+    def averaging_weight(self, steps, updates):
+        return 1 / (updates + 1)
+"""
+SAVE = """
+for library in (keras, tf_keras):
+    for scheme in (tfav.SWA, tfav.ExponentialMovingAverage, RunningMean):
+        model = library.Sequential([library.Input([2]), library.layers.Dense(1)])
+        model.compile(scheme(library.optimizers.SGD(0.1)), "mse")
+        model.fit(np.ones([4, 2]), np.ones([4, 1]), verbose=0)
+        model.save(f"{sys.argv[1]}/{library.__name__}-{scheme.__name__}.keras")
+"""
+LOAD = """
+for library in (keras, tf_keras):
+    for scheme in (tfav.SWA, tfav.ExponentialMovingAverage, RunningMean):
+        model = library.models.load_model(f"{sys.argv[1]}/{library.__name__}-{scheme.__name__}.keras")
+        assert isinstance(model.optimizer, scheme), model.optimizer
+        assert isinstance(model.optimizer, library.optimizers.Optimizer), model.optimizer
+        assert model.optimizer.num_averaged == 1
+"""
+
+
+def test_model_is_loaded_in_a_new_process(tmp_path):
+    for program in (SAVE, LOAD):
+        subprocess.run([sys.executable, "-c", SCHEME + program, str(tmp_path)], check=True, timeout=300)
+
+
+def test_clone_of_a_model_has_its_own_averages():
+    model = new_model(tfav.SWA(SGD(0.1), 0, 1))
+    fit_steps(model, 2)
+    clone = keras_3.models.clone_model(model)
+    assert isinstance(clone.optimizer, tfav.SWA)
+    assert clone.optimizer is not model.optimizer
+    assert clone.optimizer.num_averaged == 0
+
+
+def test_export(tmp_path):
+    model = new_model(tfav.SWA(SGD(0.1), 0, 1))
+    fit_steps(model, 2)
+    with model.optimizer.swapped_weights():
+        model.export(tmp_path, verbose=False)
+        expected = model.predict(X, verbose=0)
+    exported = tf.saved_model.load(tmp_path)
+    np.testing.assert_allclose(exported.serve(X), expected, rtol=1e-6)
+
+
+# Settings, and what belongs together.
+
+
+def test_settings_reach_the_inner_optimizer():
+    inner = OPTIMIZERS.AdamW(0.1, loss_scale_factor=8.0, gradient_accumulation_steps=2)
+    optimizer = tfav.SWA(inner)
+    optimizer.learning_rate, optimizer.weight_decay, optimizer.beta_1 = 0.25, 0.5, 0.75
+    assert (float(inner.learning_rate), inner.weight_decay, inner.beta_1) == (0.25, 0.5, 0.75)
+    assert optimizer.scale_loss(tf.constant(2.0)) == 16.0
+    optimizer.loss_scale_factor = 4.0
+    assert inner.loss_scale_factor == optimizer.loss_scale_factor == 4.0
+    assert optimizer.gradient_accumulation_steps == 2
+    weight = keras_3.Variable(1.0, name="kernel")
+    optimizer.exclude_from_weight_decay(var_names=["kernel"])
+    optimizer.build([weight])
+    assert not inner._use_weight_decay(weight)
+
+
+def test_variables_are_all_state_as_keras_variables():
+    optimizer = tfav.SWA(OPTIMIZERS.Adam(), 0, 1)
+    weight = keras_3.Variable([1.0, 2.0])
+    optimizer.build([weight])
+    assert all(isinstance(variable, type(weight)) for variable in optimizer.variables)
+    assert [id(v) for v in optimizer.variables] == [id(v) for v in optimizer.variables]
+    assert_same_bits(testing_utils.values(optimizer.variables), optimizer.get_weights())
+    assert any(v._value is optimizer.get_slot(weight, "average") for v in optimizer.variables)
+
+
+@pytest.mark.parametrize(
+    ("config", "library"),
+    [
+        ("adam", keras_3),
+        ({"class_name": "Adam", "config": {}}, keras_3),
+        (OPTIMIZERS.serialize(OPTIMIZERS.Adam()), keras_3),
+        (tf_keras.optimizers.serialize(tf_keras.optimizers.Adam()), tf_keras),
+        (tf_keras.optimizers.serialize(tf_keras.optimizers.legacy.Adam()), tf_keras),
+    ],
+)
+def test_names_and_configs_mean_what_tf_keras_is(config, library):
+    optimizer = tfav.SWA(config)
+    assert isinstance(optimizer, library.optimizers.Optimizer)
+    again = tfav.SWA.from_config(optimizer.get_config())
+    assert isinstance(again, library.optimizers.Optimizer)
+    assert again.get_config() == optimizer.get_config()
+
+
+def test_config_says_of_which_keras_an_optimizer_is():
+    """Even where that of the inner one does not."""
+
+    @tf_keras.saving.register_keras_serializable("keras3_test")
+    class Silent(tf_keras.optimizers.legacy.SGD):
+        def get_config(self):
+            return {"name": "silent"}
+
+    config = tfav.SWA(Silent()).get_config()
+    assert tfav.SWA.from_config(config).keras_name == "tf_keras"
+
+
+SCHEDULES = {keras: keras.optimizers.schedules.CosineDecay(0.1, 9) for keras in (keras_3, tf_keras)}
+
+
+@pytest.mark.parametrize(("one", "other"), [(keras_3, tf_keras), (tf_keras, keras_3)])
+def test_what_is_of_two_kerases(one, other):
+    names = {keras_3: "Keras 3", tf_keras: "tf_keras"}
+    message = f"optimizer is of {names[one]}. Received what comes from {names[other]}"
+    optimizer = tfav.SWA(one.optimizers.SGD(0.1))
+    model = other.Sequential([other.Input([2]), other.layers.Dense(1)])
+    with pytest.raises(TypeError, match=message):
+        optimizer.shadow_copy(model)
+    message = f"optimizer is of {names[one]}. Received one of {names[other]}"
+    with pytest.raises(TypeError, match=message):
+        tfav.SWA(one.optimizers.SGD(), learning_rate=SCHEDULES[other])
+    with pytest.raises(TypeError, match=message):
+        optimizer.learning_rate = SCHEDULES[other]
+    assert float(optimizer.learning_rate) == np.float32(0.1)
+
+
+def test_other_backend():
+    program = """
+import keras
+import tf_averaging as tfav
+keras.backend.backend = lambda: "jax"
+try:
+    tfav.SWA("sgd")
+except RuntimeError as error:
+    assert "KERAS_BACKEND=tensorflow" in str(error) and "'jax'" in str(error), error
+else:
+    raise AssertionError
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=300)
+
+
+@pytest.mark.parametrize(
+    ("inner", "error", "message"),
+    [
+        (lambda: OPTIMIZERS.LossScaleOptimizer(SGD()), TypeError, "goes around the averaging optimizer"),
+        (lambda: SGD(use_ema=True), ValueError, "use_ema=True"),
+        (
+            lambda: OPTIMIZERS.MultiOptimizer(OPTIMIZERS.OptimizerMap(SGD(use_ema=True))),
+            ValueError,
+            "use_ema=True",
+        ),
+        (lambda: SGD, TypeError, "a class, not an optimizer"),
+    ],
+)
+def test_what_cannot_be_wrapped(inner, error, message):
+    with pytest.raises(error, match=message):
+        tfav.SWA(inner())
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda o, v: o.apply([None], [v]), ValueError, "No gradients provided"),
+        (lambda o, v: o.apply([tf.constant(1.0)]), ValueError, r"build\(trainable_variables\)"),
+        (lambda o, v: o.apply_gradients([(tf.constant(1.0), 3)]), TypeError, "Expected .*pairs"),
+        (lambda o, v: o.apply([tf.constant(1.0)], 3), TypeError, "Expected a list of variables"),
+    ],
+)
+def test_step_that_cannot_be_taken(call, error, message):
+    optimizer, variable = tfav.SWA(SGD(1.0), 0, 1), keras_3.Variable(1.0)
+    with pytest.raises(error, match=message):
+        call(optimizer, variable)
+    assert variable.numpy() == 1.0
+    assert not optimizer.has_shadow_copy
+    assert optimizer.iterations.numpy() == 0
+
+
+def test_variable_that_the_optimizer_was_not_built_with():
+    model = new_model(tfav.SWA(SGD(0.1), 0, 1))
+    fit_steps(model, 2)
+    before = everything(model)
+    with pytest.raises(ValueError, match="Unknown variable"):
+        model.optimizer.apply([tf.constant(1.0)], [keras_3.Variable(1.0)])
+    assert everything(model) == before
+
+
+def test_cross_replica_context(mirrored_strategy):
+    with mirrored_strategy.scope():
+        variable, optimizer = keras_3.Variable(1.0), tfav.SWA(SGD())
+        with pytest.raises(RuntimeError, match="cross-replica context.*`tf.distribute.Strategy.run`"):
+            optimizer.apply([tf.constant(1.0)], [variable])
