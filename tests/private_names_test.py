@@ -255,3 +255,66 @@ def test_loss_scale_optimizer_says_what_it_is_around():
     loss_scale = tf_keras.optimizers.Optimizer._lookup_dependency(optimizer, "loss_scale")
     assert loss_scale.current_loss_scale == outer.loss_scale
     assert loss_scale.counter == outer.dynamic_counter
+
+
+def test_optimizer_of_keras_3_keeps_its_state_under_these_names():
+    optimizer = keras_3.optimizers.SGD(0.1)
+    assert [v._value for v in optimizer._variables] == [
+        v._value for v in (optimizer._iterations, optimizer._learning_rate)
+    ]
+    schedule = keras_3.optimizers.schedules.ExponentialDecay(0.1, 10, 0.5)
+    assert keras_3.optimizers.SGD(schedule)._learning_rate is schedule
+    # What an averaging optimizer has no use for, and a plain one saves.
+    assert {"_trainable_variables", "_trainable_variables_indices"} <= vars(optimizer).keys()
+
+
+def test_optimizer_of_keras_3_tracks_its_variables_by_one_method():
+    tracked = []
+
+    class Own(keras_3.optimizers.SGD):
+        def _track_variable(self, variable):
+            tracked.append(variable.name)
+
+    Own(0.1).add_variable([], name="own")
+    assert tracked == ["iteration", "learning_rate", "own"]
+
+
+def test_optimizer_of_keras_3_checks_variables_by_one_method():
+    known = keras_3.Variable(1.0)
+    optimizer = keras_3.optimizers.SGD()
+    optimizer.build([known])
+    optimizer._check_variables_are_known([known])
+    with pytest.raises(ValueError, match="Unknown variable"):
+        optimizer._check_variables_are_known([keras_3.Variable(1.0)])
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        keras_3.optimizers.LossScaleOptimizer,
+        lambda inner: keras_3.optimizers.MultiOptimizer(keras_3.optimizers.OptimizerMap(inner)),
+    ],
+    ids=["LossScaleOptimizer", "MultiOptimizer"],
+)
+def test_optimizer_of_keras_3_turns_off_the_loss_scale_of_what_is_inside(wrap):
+    """By this an averaging optimizer knows that it is."""
+    optimizer = tfav.SWA(keras_3.optimizers.SGD(loss_scale_factor=8.0))
+    assert not optimizer._is_inside_another
+    wrap(optimizer)
+    assert optimizer._is_inside_another
+    assert optimizer.inner_optimizer.loss_scale_factor is None
+
+
+def test_checkpoints_tell_the_kerases_apart(tmp_path):
+    """Optimizers of both go by `_iterations` and `_variables`, in different orders."""
+    of_tf_keras = {"_index_dict", "iter"}
+    makers = [
+        (keras_3.optimizers.Adam, False),
+        (tf_keras.optimizers.Adam, True),
+        (tf_keras.optimizers.legacy.Adam, True),
+    ]
+    for make, expected in makers:
+        optimizer = make()
+        optimizer.apply_gradients([(tf.constant(1.0), tf.Variable(1.0))])
+        children = optimizer._trackable_children().keys()
+        assert bool(children & of_tf_keras) == expected
