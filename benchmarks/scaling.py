@@ -17,6 +17,7 @@ from typing import Dict, List
 
 import numpy as np
 import tensorflow as tf
+import tf_keras
 
 import tf_averaging as tfav
 from benchmarks import contenders
@@ -30,7 +31,7 @@ MOST_FOR_PLAIN_OPERATIONS = 300_000_000
 def updates(shapes: List[tuple]) -> Dict[str, object]:
     """Functions that update averages of the same variables, without a training step."""
     variables = [tf.Variable(tf.ones(shape)) for shape in shapes]
-    optimizer = tfav.ExponentialMovingAverage("sgd")
+    optimizer = tfav.ExponentialMovingAverage(tf_keras.optimizers.SGD())
     optimizer.shadow_copy(variables)
     for variable in variables:  # Until then a variable and its average share one buffer.
         variable.assign_add(tf.ones_like(variable))

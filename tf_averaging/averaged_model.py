@@ -41,10 +41,10 @@ def averaged_model(
     As the teacher of a Mean Teacher (arXiv:1703.01780) or the target network of BYOL (arXiv:2006.07733),
     refreshed between steps, by a callback for example:
 
-    >>> student = tf_keras.Sequential([tf_keras.layers.Dense(1, input_shape=(2,))])
+    >>> student = tf.keras.Sequential([tf.keras.Input([2]), tf.keras.layers.Dense(1)])
     >>> student.compile(tfav.ExponentialMovingAverage("sgd"), "mse")
     >>> teacher = tfav.averaged_model(student)
-    >>> refresh = tf_keras.callbacks.LambdaCallback(
+    >>> refresh = tf.keras.callbacks.LambdaCallback(
     ...     on_batch_end=lambda batch, logs: tfav.averaged_model(student, target=teacher))
     >>> _ = student.fit(tf.ones([8, 2]), tf.ones([8, 1]), callbacks=[refresh], verbose=0)
 

@@ -36,14 +36,14 @@ class AverageModelCheckpoint(averaging_callback.AveragingCallback):
 
     >>> import os, tempfile
     >>> path = os.path.join(tempfile.mkdtemp(), "model.keras")
-    >>> model = tf_keras.Sequential([tf_keras.layers.Dense(1, input_shape=(2,))])
+    >>> model = tf.keras.Sequential([tf.keras.Input([2]), tf.keras.layers.Dense(1)])
     >>> model.compile(tfav.SWA("sgd", 0, 1), "mse")
     >>> x, y = tf.ones([8, 2]), tf.ones([8, 1])
     >>> callbacks = [
     ...     tfav.callbacks.SwapAverageWeights(),  # The monitored loss is the averaged model's.
     ...     tfav.callbacks.AverageModelCheckpoint(False, path, "val_loss", save_best_only=True)]
     >>> _ = model.fit(x, y, validation_data=(x, y), callbacks=callbacks, verbose=0)
-    >>> averaged = tf_keras.models.load_model(path)
+    >>> averaged = tf.keras.models.load_model(path)
 
     Args:
       update_weights: whether the model itself is set to the averages when they are saved, so that

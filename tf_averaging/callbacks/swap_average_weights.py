@@ -30,11 +30,11 @@ class SwapAverageWeights(averaging_callback.AveragingCallback):
     Validation in `fit` then measures the averaged model, which is what will be used, while training goes
     on from the raw weights. Put it before the callbacks that are to see what it does.
 
-    >>> model = tf_keras.Sequential([tf_keras.layers.Dense(1, input_shape=(2,))])
+    >>> model = tf.keras.Sequential([tf.keras.Input([2]), tf.keras.layers.Dense(1)])
     >>> model.compile(tfav.ExponentialMovingAverage("sgd"), "mse")
     >>> x, y = tf.ones([8, 2]), tf.ones([8, 1])
     >>> swap = tfav.callbacks.SwapAverageWeights(swap_on_epoch=True)
-    >>> stop = tf_keras.callbacks.EarlyStopping("val_loss", restore_best_weights=True)
+    >>> stop = tf.keras.callbacks.EarlyStopping("val_loss", restore_best_weights=True)
     >>> _ = model.fit(x, y, validation_data=(x, y), callbacks=[swap, stop], verbose=0)
     >>> model.optimizer.weights_swapped  # The model holds the best averages.
     True
@@ -55,7 +55,7 @@ class SwapAverageWeights(averaging_callback.AveragingCallback):
     ...     logs["decay"] = 1.0 - float(optimizer.averaging_weight(optimizer.iterations - 1, None))
     ...     logs["distance"] = float(tf.linalg.global_norm(
     ...         [weight - optimizer.get_slot(weight, "average") for weight in weights]))
-    >>> add = tf_keras.callbacks.LambdaCallback(on_epoch_end=add_to_logs)
+    >>> add = tf.keras.callbacks.LambdaCallback(on_epoch_end=add_to_logs)
     >>> history = model.fit(x, y, callbacks=[swap, add], epochs=2, verbose=0).history
     >>> print(*(round(decay, 4) for decay in history["decay"]))
     0.25 0.3077

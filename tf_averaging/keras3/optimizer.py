@@ -77,7 +77,7 @@ class Keras3Face(keras.optimizers.Optimizer):
         """The optimizer that takes the steps."""
         return self._inner_optimizer
 
-    # Training.
+    # Steps.
 
     @as_written
     def apply_gradients(self, grads_and_vars: Iterable):
@@ -196,12 +196,7 @@ class Keras3Face(keras.optimizers.Optimizer):
         return self._inner_optimizer.scale_loss(loss)
 
     def exclude_from_weight_decay(self, var_list=None, var_names=None) -> None:
-        """Excludes variables from the inner optimizer's weight decay.
-
-        Args:
-          var_list: variables.
-          var_names: strings; a variable whose name contains one of them is excluded.
-        """
+        """Excludes variables from the inner optimizer's weight decay, as Keras does."""
         self._inner_optimizer.exclude_from_weight_decay(var_list, var_names)
 
     def finalize_variable_values(self, var_list) -> None:
