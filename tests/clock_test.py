@@ -164,7 +164,7 @@ def test_updates_by_hand_alone_warm_up_as_in_training(options, cls):
 def test_numbers_by_hand_are_those_of_training():
     """The decay that ends at 0.999 has warmed up to 0.991 after a thousand updates: 900.0, not 999.9."""
     variable = tf.Variable(0.0)
-    optimizer = tfav.ExponentialMovingAverage("sgd", average_decay=0.999, average_period=None)
+    optimizer = tfav.ExponentialMovingAverage(LEGACY.SGD(), average_decay=0.999, average_period=None)
     optimizer.shadow_copy([variable])
     for value in range(1, 1001):
         variable.assign(value)

@@ -105,7 +105,7 @@ class AveragedOptimizerWrapper:
         unclaimed = Unclaimed(averages)
         updates = Updates(
             averages,
-            unclaimed.check,
+            unclaimed,
             core_variables.VariableSelection(trainable_weights_only, self._may_be_averaged),
             checked_count("start_averaging", start_averaging, minimum=0),
             None

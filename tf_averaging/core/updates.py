@@ -36,7 +36,7 @@ class Updates:
 
     Attributes:
       averages: what is updated.
-      check: called before a step; raises if it must not be taken yet.
+      unclaimed: what was loaded for variables that are not known yet. No step is taken before they are.
       selection: which variables have averages.
       start: the first step on which an update is due, unless the averages know another one.
       period: the number of steps from one update to the next; None for no updates but those by hand.
@@ -48,7 +48,7 @@ class Updates:
     """
 
     averages: Averages
-    check: Callable[[], None]
+    unclaimed: Any
     selection: VariableSelection
     start: int
     period: Optional[int]
@@ -77,7 +77,8 @@ class Updates:
           What `take_step` returns.
         """
         check_program_order()
-        self.check()
+        if self.unclaimed.saved:
+            self.unclaimed.check()
         with tf.init_scope():
             self.selection.train(variables)
             self.averages.create(self.selection)

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from typing import Any, Dict, Iterable, List, Optional, Sequence, Union
+from typing import Any, Dict, Iterable, List, Optional, Sequence, Tuple, Union
 
 import keras
 import tensorflow as tf
@@ -293,12 +293,12 @@ class Keras3Face(keras.optimizers.Optimizer):
         """The number of steps so far that moved weights: scalar int64 tensor."""
         return core_variables.read_here(self._steps_variable()) // self._steps_of_one_move()
 
-    def _inner_state(self) -> List[tf.Variable]:
-        """All variables of the inner optimizer, iterations first."""
+    def _inner_state(self) -> Tuple[List[tf.Variable], int]:
+        """All variables of the inner optimizer, iterations first; none of them counts as a slot."""
         inner = self._inner_optimizer
         if isinstance(inner, Keras3Face):
-            return arrays.state_of(inner).variables()
-        return self._tf_variables(inner.variables)
+            return arrays.state_of(inner).variables(), 0
+        return self._tf_variables(inner.variables), 0
 
     def _own_variables(self) -> List[tf.Variable]:
         """Variables that a subclass added."""
