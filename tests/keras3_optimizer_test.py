@@ -14,6 +14,7 @@
 """Around an optimizer of Keras 3 the same holds as around one of tf_keras."""
 
 import copy
+import os
 import pickle
 import subprocess
 import sys
@@ -164,7 +165,7 @@ def test_constraint_is_applied_once_and_before_the_update():
 @pytest.mark.parametrize("as_function", [False, True], ids=["eager", "function"])
 @pytest.mark.parametrize("several", [False, True], ids=["", "MultiOptimizer"])
 def test_accumulating_gradients_counts_steps_that_move_weights(several, as_function):
-    inner = SGD(1.0, gradient_accumulation_steps=3)
+    inner = SGD(1.0, gradient_accumulation_steps=2)
     if several:
         inner = OPTIMIZERS.MultiOptimizer(OPTIMIZERS.OptimizerMap(inner))
     optimizer, variable = tfav.SWA(inner, 1, 2), keras_3.Variable(0.0)
@@ -175,11 +176,11 @@ def test_accumulating_gradients_counts_steps_that_move_weights(several, as_funct
 
     step = tf.function(step) if as_function else step
     averages = []
-    for _ in range(12):
+    for _ in range(8):
         step()
         averages.append((float(optimizer.get_average(variable)), int(optimizer.num_averaged)))
-    # The weights are 0, 0, -1, ..., and -2 and -4 are averaged. Before that the average is the weights.
-    assert averages == [(0, 0)] * 2 + [(-1, 0)] * 3 + [(-2, 1)] * 6 + [(-3, 2)]
+    # The weights are 0, -1, -1, -2, ..., and -2 and -4 are averaged; until then the average is them.
+    assert averages == [(0, 0)] + [(-1, 0)] * 2 + [(-2, 1)] * 4 + [(-3, 2)]
 
 
 @pytest.mark.parametrize("follow", [False, True])
@@ -581,6 +582,35 @@ def test_config_says_of_which_keras_an_optimizer_is():
 
     config = tfav.SWA(Silent()).get_config()
     assert tfav.SWA.from_config(config).keras_name == "tf_keras"
+
+
+def test_where_tf_keras_takes_its_place():
+    """Names mean tf_keras then. Nothing of Keras 3 is imported before one of its optimizers is wrapped."""
+    program = """
+import sys
+import tf_averaging as tfav
+assert tfav.SWA("sgd").keras_name == "tf_keras"
+assert "keras" not in sys.modules
+import keras
+optimizer = tfav.SWA(keras.optimizers.SGD())
+assert tfav.SWA.from_config(optimizer.get_config()).keras_name == "keras"
+again = keras.optimizers.deserialize(keras.optimizers.serialize(optimizer))
+assert isinstance(again, tfav.SWA) and isinstance(again, keras.optimizers.Optimizer)
+other = keras.saving.get_registered_object("tf_averaging>ExponentialMovingAverage")
+assert other is tfav.ExponentialMovingAverage
+"""
+    environment = {**os.environ, "TF_USE_LEGACY_KERAS": "1"}
+    subprocess.run([sys.executable, "-c", program], env=environment, check=True, timeout=300)
+
+
+def test_checkpoint_has_the_inner_optimizer_and_the_averages(tmp_path):
+    model = new_model(tfav.SWA(SGD(0.1), 0, 1))
+    fit_steps(model, 1)
+    path = tf.train.Checkpoint(optimizer=model.optimizer).save(tmp_path / "ckpt")
+    children = model.optimizer._trackable_children().keys()
+    assert children == {"inner_optimizer", "averages", "own_variables"}
+    keys = [key for key, _ in tf.train.list_variables(path)]
+    assert "optimizer/averages/swapped/.ATTRIBUTES/VARIABLE_VALUE" in keys
 
 
 SCHEDULES = {keras: keras.optimizers.schedules.CosineDecay(0.1, 9) for keras in (keras_3, tf_keras)}
