@@ -585,7 +585,7 @@ def test_config_says_of_which_keras_an_optimizer_is():
 
 
 def test_where_tf_keras_takes_its_place():
-    """Names mean tf_keras then. Nothing of Keras 3 is imported before one of its optimizers is wrapped."""
+    """Names mean tf_keras then. Nothing of Keras 3 is imported before an optimizer of it is wrapped."""
     program = """
 import sys
 import tf_averaging as tfav
