@@ -278,3 +278,46 @@ def test_many_steps_leave_one_graph():
     for _ in range(20):
         step()
     assert step.experimental_get_tracing_count() == traced
+
+
+@pytest.mark.parametrize("rate", [0.1, KERAS.optimizers.schedules.ExponentialDecay(0.1, 3, 0.5)])
+def test_libraries_that_ask_for_a_legacy_optimizer_get_one_that_averages(rate):
+    optimizer = tfav.SWA(CURRENT.SGD(rate), 0, 1)
+    converted = KERAS.__internal__.optimizers.convert_to_legacy_optimizer(optimizer)
+    assert isinstance(converted, tfav.SWA)
+    variable = tf.Variable(1.0)
+    converted.apply_gradients([(tf.constant(1.0), variable)])
+    np.testing.assert_allclose(converted.get_average(variable), 0.9, rtol=1e-6)
+
+
+class Lookahead(CURRENT.Optimizer):
+    """A wrapper that uses the optimizer inside for the arithmetic of one variable."""
+
+    def __init__(self, optimizer, name="Lookahead"):
+        super().__init__(name)
+        self._optimizer = optimizer
+        self._learning_rate = optimizer._learning_rate
+
+    def build(self, var_list):
+        super().build(var_list)
+        self._optimizer.build(var_list)
+
+    def apply_gradients(self, grads_and_vars, **options):
+        self._optimizer._iterations = self._iterations
+        return super().apply_gradients(grads_and_vars, **options)
+
+    def update_step(self, gradient, variable):
+        self._optimizer.update_step(gradient, variable)
+
+    def get_config(self):
+        return {}
+
+
+def test_wrapper_that_passes_over_the_averages_belongs_inside():
+    variable = tf.Variable(1.0)
+    outside = Lookahead(tfav.SWA(CURRENT.SGD(0.5)))
+    with pytest.raises(NotImplementedError, match=r"outside: `SWA\(YourWrapper"):
+        outside.apply_gradients([(tf.constant(1.0), variable)])
+    inside = tfav.SWA(Lookahead(CURRENT.SGD(0.5)), 0, 1)
+    inside.apply_gradients([(tf.constant(1.0), variable)])
+    assert inside.get_average(variable) == 0.5

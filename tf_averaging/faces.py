@@ -108,7 +108,9 @@ def register(scheme: type) -> type:
 
 def _register_with(keras: Any, scheme: type) -> None:
     # In an `.h5` file of tf_keras a LossScaleOptimizer names what is inside it by the bare name.
-    keras.saving.get_custom_objects().setdefault(scheme.__name__, scheme)
+    # `convert_to_legacy_optimizer` of tf_keras (TF-Agents) looks for the name in lower case.
+    for name in (scheme.__name__, scheme.__name__.lower()):
+        keras.saving.get_custom_objects().setdefault(name, scheme)
     keras.saving.register_keras_serializable("tf_averaging")(scheme)
 
 
@@ -360,6 +362,14 @@ def of_inner(name: str, doc: str) -> property:
         setattr(self.inner_optimizer, name, value)
 
     return property(get, set_, doc=doc)
+
+
+def update_step(self, *args: Any, **kwargs: Any) -> None:
+    """A NotImplementedError: wrappers that call it pass over the averages, and belong inside."""
+    raise NotImplementedError(
+        "An optimizer around this one calls `update_step`, which would pass over the averages. Put "
+        f"the averaging optimizer outside: `{type(self).__name__}(YourWrapper(...))`."
+    )
 
 
 def learning_rate_or_schedule(optimizer: Any):

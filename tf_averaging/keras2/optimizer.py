@@ -61,6 +61,7 @@ class Keras2Face(tf_keras.optimizers.Optimizer):
         "iterations", "The number of steps taken, the inner optimizer's own: scalar int64 variable."
     )
     _iterations = iterations
+    update_step = faces.update_step
     learning_rate = lr = faces.of_inner(
         "learning_rate", "The inner optimizer's learning rate; setting it sets that."
     )

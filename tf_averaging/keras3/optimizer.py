@@ -58,6 +58,8 @@ class Keras3Face(keras.optimizers.Optimizer):
         "learning_rate", "The inner optimizer's learning rate; setting it sets that."
     )
 
+    update_step = faces.update_step
+
     # Whether another optimizer, such as a LossScaleOptimizer, is around this one.
     _is_inside_another = False
 
