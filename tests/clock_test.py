@@ -13,6 +13,8 @@
 # limitations under the License.
 """Each average has its own clock: a variable that joins later is averaged as if training began then."""
 
+import warnings
+
 import hypothesis
 import numpy as np
 import pytest
@@ -170,6 +172,33 @@ def test_numbers_by_hand_are_those_of_training():
         variable.assign(value)
         optimizer.update_average()
     np.testing.assert_allclose(average_of(optimizer, variable), 900.0, atol=0.05)
+
+
+@pytest.mark.parametrize(
+    ("options", "when"),
+    [({"start_averaging": 10**6}, "from step 1000000 on"), ({"average_period": None}, "by hand alone")],
+)
+def test_averages_that_hold_nothing_are_used_with_a_warning(options, when):
+    variable = tf.Variable(1.0)
+    optimizer = tfav.SWA(LEGACY.SGD(1.0), **options)
+    optimizer.shadow_copy([variable])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with optimizer.swapped_weights():  # Nothing was trained either.
+            pass
+    descend(optimizer, [variable], steps=3)
+    with (
+        pytest.warns(UserWarning, match=f"no updates after 3 steps.*{when}"),
+        optimizer.swapped_weights(),
+    ):
+        pass
+    with pytest.warns(UserWarning, match=f"no updates after 3 steps.*{when}"):
+        optimizer.assign_average_vars([variable])
+    assert variable.numpy() == -2.0
+    optimizer.update_average()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.assign_average_vars([variable])
 
 
 SCHEMES = st.one_of(

@@ -23,6 +23,7 @@ import tensorflow as tf
 import tf_keras
 
 import tf_averaging as tfav
+from tests import testing_utils
 from tf_averaging import kerases
 
 
@@ -123,3 +124,14 @@ spec.loader.exec_module(kerases)
 assert [keras.__name__ for keras in kerases.available()] == ["keras"]
 """
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+@pytest.mark.parametrize("loss_scaling", [False, True])
+def test_averaging_optimizer_is_found(keras, loss_scaling):
+    optimizer = tfav.SWA(keras.optimizers.SGD())
+    compiled = testing_utils.loss_scaled(optimizer, keras) if loss_scaling else optimizer
+    model = testing_utils.new_model(compiled, keras=keras)
+    for thing in (model, model.optimizer, compiled, optimizer):
+        assert tfav.averaging_optimizer(thing) is optimizer
+    for thing in (None, keras.optimizers.SGD(), testing_utils.new_model(keras=keras)):
+        assert tfav.averaging_optimizer(thing) is None

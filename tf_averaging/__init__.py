@@ -26,6 +26,7 @@ from tf_averaging.averaged_model import averaged_model
 from tf_averaging.averaged_optimizer_wrapper import AveragedOptimizerWrapper
 from tf_averaging.batch_norm import update_batch_norm
 from tf_averaging.exponential_moving_average import ExponentialMovingAverage
+from tf_averaging.faces import averaging_optimizer
 from tf_averaging.stochastic_weight_averaging import SWA
 from tf_averaging.version import VERSION
 
@@ -36,6 +37,7 @@ __all__ = [
     "AveragedOptimizerWrapper",
     "ExponentialMovingAverage",
     "averaged_model",
+    "averaging_optimizer",
     "callbacks",
     "schedules",
     "update_batch_norm",

@@ -221,6 +221,7 @@ class AveragedOptimizerWrapper:
         exception could be caught, it is a RuntimeError.
         """
         self._check_has_averages("swapped_weights")
+        self._updates.warn_if_empty(self._steps_taken())
         return self._averages.swapped(self)
 
     @property
@@ -261,6 +262,7 @@ class AveragedOptimizerWrapper:
           tf.errors.InvalidArgumentError: if the weights are swapped: the averages are in the model.
         """
         self._check_has_averages("assign_average_vars")
+        self._updates.warn_if_empty(self._steps_taken())
         variables = core_variables.averageable(self._checked_variables(var_list))
         self._averages.once(lambda: self._averages.assign(variables))
 

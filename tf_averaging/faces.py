@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import reprlib
 from typing import Any, Dict, List, Optional
 
 import numpy as np
@@ -119,18 +120,25 @@ def rebuild(scheme: Any, config: Dict[str, Any]):
     return scheme.from_config(config)
 
 
-def averaging_optimizer(optimizer: object):
-    """The outermost averaging optimizer in `optimizer`, which may be a LossScaleOptimizer around it.
+def averaging_optimizer(model_or_optimizer: Any) -> Optional[Any]:
+    """Finds the averaging optimizer, which may be inside a LossScaleOptimizer.
+
+    >>> model = tf.keras.Sequential([tf.keras.Input([2]), tf.keras.layers.Dense(1)])
+    >>> inner = tfav.SWA(tf.keras.optimizers.SGD())
+    >>> model.compile(tf.keras.mixed_precision.LossScaleOptimizer(inner), "mse")
+    >>> tfav.averaging_optimizer(model) is inner
+    True
 
     Args:
-      optimizer: an optimizer, or None.
+      model_or_optimizer: a compiled model, an optimizer, or None.
 
     Returns:
-      The averaging optimizer, None if there is none.
+      The outermost averaging optimizer; None if there is none.
     """
-    while optimizer is not None and not hasattr(type(optimizer), "keras_name"):
-        optimizer = getattr(optimizer, "inner_optimizer", None)
-    return optimizer
+    found = model_or_optimizer
+    while found is not None and not hasattr(type(found), "keras_name"):
+        found = getattr(found, "inner_optimizer", None) or getattr(found, "optimizer", None)
+    return found
 
 
 # The Keras of the inner optimizer, and the optimizer that a config means.
@@ -207,7 +215,8 @@ def read_config(read, config: Dict[str, Any], custom_objects: Optional[Dict[str,
     except (TypeError, ValueError):
         raise
     except Exception as error:
-        raise ValueError(f"Expected the config of a Keras object. Received: {config!r}") from error
+        received = reprlib.repr(config)  # It may be nested too deeply to be shown.
+        raise ValueError(f"Expected the config of a Keras object. Received: {received}") from error
 
 
 def _copy_containers(config: Any) -> Any:

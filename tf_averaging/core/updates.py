@@ -17,11 +17,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import warnings
 from typing import Any, Callable, List, Optional, Sequence, Union
 
 import tensorflow as tf
 
 from tf_averaging.core import fold
+from tf_averaging.core import variables as core_variables
 from tf_averaging.core.averages import Averages
 from tf_averaging.core.averages import for_each_pair
 from tf_averaging.core.status import NOT_SET
@@ -150,6 +152,19 @@ class Updates:
                 f"has averaged nothing yet. Received: one with num_averaged={updates}"
             )
         self.averages.begin(step)
+
+    def warn_if_empty(self, step: tf.Tensor) -> None:
+        """Warns if `step` steps were taken, and the averages are the weights all the same."""
+        if not tf.executing_eagerly() or core_variables.in_replica_context():
+            return
+        if int(step) and not int(self.averages.num_averaged()):
+            start = self.averages.begins_at(self.start)
+            when = "by hand alone" if self.period is None else f"from step {start} on"
+            warnings.warn(
+                f"The averages hold no updates after {int(step)} steps: they are the weights themselves. "
+                f"Updates are made {when}.",
+                stacklevel=4,
+            )
 
     def due_in(self, steps: int) -> int:
         """How many updates are due in the first `steps` steps."""

@@ -364,10 +364,11 @@ def all_checked(arrays: Sequence[Any], variables: Sequence[tf.Variable]) -> List
 def _checked(array: Any, variable: tf.Variable, role: str = "") -> np.ndarray:
     if variable.dtype == tf.bool:
         return np.array(_checked_flag(array))
-    array = as_number(array)
-    if not variable.shape.is_compatible_with(array.shape):
+    array = array if hasattr(array, "shape") else as_number(array)
+    if not variable.shape.is_compatible_with(array.shape):  # Not read yet: files may claim anything.
         name = f"{role}{variable.name!r}"
         raise ValueError(f"Expected shape {variable.shape} for {name}. Received: {array.shape}")
+    array = as_number(array)
     kinds = "iu" if variable.dtype.is_integer else "fciu" if variable.dtype.is_complex else "fiu"
     if array.dtype.kind not in kinds and array.dtype != tf.bfloat16.as_numpy_dtype:
         raise ValueError(f"Expected {variable.dtype.name} for {variable.name!r}. Received: {array.dtype}")
