@@ -41,6 +41,10 @@ def sgd(**options) -> tf_keras.optimizers.Optimizer:
     return tf_keras.optimizers.SGD(LEARNING_RATE, jit_compile=False, **options)
 
 
+def sgd_keras_3(**options) -> keras.optimizers.Optimizer:
+    return keras.optimizers.SGD(LEARNING_RATE, **options)
+
+
 class Contender:
     """An optimizer with the variables that it trains.
 
@@ -114,9 +118,9 @@ def like_models(average: tf.Variable, variable: tf.Tensor) -> None:
 
 
 class Keras3(Contender):
-    """An optimizer of Keras 3, with variables of its own, and the swap of its callback."""
+    """An optimizer of Keras 3, with variables of its own."""
 
-    def __init__(self, use_ema: bool, variables: List[tf.Variable], gradients: list):
+    def __init__(self, optimizer, variables: List[tf.Variable], gradients: list):
         class Model(keras.Model):
             def __init__(self):
                 super().__init__()
@@ -126,30 +130,39 @@ class Keras3(Contender):
                     )
                     weight.assign(variable)
 
-        model = Model()
-        optimizer = keras.optimizers.SGD(LEARNING_RATE, use_ema=use_ema)
-        model.compile(optimizer)
-        optimizer.build(model.trainable_variables)
-        super().__init__(optimizer, model.trainable_variables, gradients)
-        if use_ema:
-            callback = keras.callbacks.SwapEMAWeights()
-            callback.set_model(model)
-            swapped = []
+        self.model = Model()
+        self.model.compile(optimizer)
+        optimizer.build(self.model.trainable_variables)
+        super().__init__(optimizer, self.model.trainable_variables, gradients)
 
-            def swap():  # The callback's two public hooks exchange, and exchange back.
-                if swapped:
-                    swapped.clear()
-                    callback.on_test_end()
-                else:
-                    swapped.append(True)
-                    callback.on_test_begin()
 
-            self.swap = swap
+class OursKeras3(Ours, Keras3):
+    """A `tf_averaging` optimizer around one of Keras 3."""
+
+
+class UseEmaKeras3(Keras3):
+    """The average of Keras 3, and the swap of its callback."""
+
+    def __init__(self, *args):
+        super().__init__(sgd_keras_3(use_ema=True), *args)
+        callback = keras.callbacks.SwapEMAWeights()
+        callback.set_model(self.model)
+        swapped = []
+
+        def swap():  # The callback's two public hooks exchange, and exchange back.
+            if swapped:
+                swapped.clear()
+                callback.on_test_end()
+            else:
+                swapped.append(True)
+                callback.on_test_begin()
+
+        self.swap = swap
 
 
 def bare_of(name: str) -> str:
     """The name of the bare optimizer to compare with."""
-    return names.BARE_KERAS_3 if name in (names.BARE_KERAS_3, names.KERAS_3) else names.BARE
+    return names.BARE_KERAS_3 if name.endswith("(Keras 3)") or name == names.KERAS_3 else names.BARE
 
 
 def _in_scope(strategy, make):
@@ -175,8 +188,11 @@ def makers(
         return {name: functools.partial(_in_scope, strategy, make) for name, make in makers.items()}
     makers[names.ADDONS] = lambda: PlainOperations(like_addons, variables, gradients)
     makers[names.MODELS] = lambda: PlainOperations(like_models, variables, gradients)
-    makers[names.BARE_KERAS_3] = lambda: Keras3(False, variables, gradients)
-    makers[names.KERAS_3] = lambda: Keras3(True, variables, gradients)
+    makers[names.BARE_KERAS_3] = lambda: Keras3(sgd_keras_3(), variables, gradients)
+    makers[names.KERAS_3] = lambda: UseEmaKeras3(variables, gradients)
+    makers[names.EMA_KERAS_3] = lambda: OursKeras3(
+        tfav.ExponentialMovingAverage(sgd_keras_3(), average_decay=DECAY), variables, gradients
+    )
     chosen = {*names.OURS, *peers}
     chosen |= {bare_of(name) for name in chosen}
     return {name: make for name, make in makers.items() if name in chosen}

@@ -84,6 +84,11 @@ def ratios(name: str, figures: Dict) -> Dict[str, Tuple[float, float]]:
         {"resnet50": 0.5, "matrices": 0.5, "small": 1.0},
         lambda: added() / best_peer(figures),
     )
+    add(
+        "EMA around Keras 3 / Keras 3's use_ema",
+        {"resnet50": 0.5, "matrices": 0.5, "small": 0.7},
+        lambda: added(names.EMA_KERAS_3) / added(names.KERAS_3),
+    )
     add("EMA / memory limit", {"matrices": 1.2}, lambda: added() / figures["limit"]["median_ms"])
     add("swap / Keras 3's", {"matrices": 0.02}, lambda: ratio("swap", names.KERAS_3))
     add(
