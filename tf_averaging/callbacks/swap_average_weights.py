@@ -40,6 +40,9 @@ class SwapAverageWeights(averaging_callback.AveragingCallback):
     True
     >>> _ = model.fit(x, y, callbacks=[swap], verbose=0)  # Goes on from the raw weights.
 
+    What is loaded into the model between the two, by you or by EarlyStopping, is not trained over: the
+    second `fit` then goes on from that, the averages start anew from it, and a warning says so.
+
     It looks at what the model holds and never toggles blindly. If an evaluation is left by an exception
     or Ctrl-C, of which Keras tells no callback, the averages stay in the model and the weights in the
     slots; the next hook, of `fit` for example, returns to where training was. `with
@@ -90,6 +93,7 @@ class SwapAverageWeights(averaging_callback.AveragingCallback):
         # What the model held before the evaluation that runs now; None if none runs, as far as is known.
         self._before_evaluation: Optional[bool] = None
         self._first_epoch = False
+        self._starts_anew = False
 
     def set_params(self, params: Dict[str, Any]) -> None:
         """Keeps the parameters of `fit`, and leaves a note in them for `AverageModelCheckpoint`.
@@ -117,6 +121,12 @@ class SwapAverageWeights(averaging_callback.AveragingCallback):
     def on_train_begin(self, logs=None):
         """Creates the averages, returns to the raw weights, checks `begin_epoch`."""
         self.optimizer.shadow_copy(self.model)
+        self._starts_anew = self.optimizer._averages.take_up()
+        if self._starts_anew:
+            logging.warning(
+                "Weights were loaded into the model after a `fit` that had left the averages in it. "
+                "Training goes on from them, and the averages start anew from them."
+            )
         self._rest(averages=False)
         self._first_epoch = True
         if self.begin_epoch and not self.optimizer.start_was_set:
@@ -141,6 +151,8 @@ class SwapAverageWeights(averaging_callback.AveragingCallback):
     def on_train_end(self, logs=None):
         """Leaves the averages in the model with `swap_on_epoch`, the raw weights without."""
         self._rest(averages=self.swap_on_epoch)
+        if self.swap_on_epoch:
+            self.optimizer._averages.leave()
 
     # Evaluation. One may run inside another one's callbacks. An inner one cannot be told from the first
     # one after another was left, so its end returns to what the model held before, and the next batch of
@@ -211,7 +223,7 @@ class SwapAverageWeights(averaging_callback.AveragingCallback):
         if optimizer.average_period is None:
             return  # Updates are made by hand.
         start = optimizer.start_averaging
-        if optimizer.num_averaged == 0 and step > start:
+        if optimizer.num_averaged == 0 and step > start and not self._starts_anew:
             logging.warning(
                 "After %d steps, averaging having started at step %d, the optimizer holds no averages, "
                 "as after loading a model without them. They start from the weights as they are now.",

@@ -17,9 +17,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import gc
-import weakref
-from typing import Any, Callable, Iterable, Iterator, List, Optional, Sequence, Tuple, TypeVar, Union
+import zlib
+from typing import Any, Callable, Iterable, List, Optional, Sequence, Tuple, TypeVar, Union
 
 import numpy as np
 import tensorflow as tf
@@ -43,15 +42,6 @@ ASSIGN_WHILE_SWAPPED_ERROR = (
     "The averages are in the model already (`weights_swapped` is True), and the weights are in the "
     "slots: they would be lost. Call `swap_weights()` first."
 )
-
-
-SWAPPED_BY_ANOTHER_ERROR = (
-    "The averages of another averaging optimizer are in variables that this one averages too: swaps that "
-    "interleave would bring back the wrong weights. Call `swap_weights()` of that one first."
-)
-
-# All averages that exist: two sets of them may share variables.
-_ALL: weakref.WeakSet[Averages] = weakref.WeakSet()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +83,7 @@ class Averages:
       when_added: called with the variables that got averages, whoever asked for them.
       on_devices: does work on all averages of a device.
       contexts: the open contexts in which the model holds the averages.
+      left: a checksum of the averages that `leave` left in the model; None if nothing is known of them.
     """
 
     average_dtype: Optional[tf.DType] = None
@@ -102,12 +93,13 @@ class Averages:
     status: Any = None  # A `Status`.
     when_added: List[Callable[[List[tf.Variable]], None]] = dataclasses.field(default_factory=list)
     on_devices: fold.DeviceFunctions = dataclasses.field(default_factory=fold.DeviceFunctions)
+    left: Optional[int] = None
     _first_step: int = NOT_SET
 
     def __post_init__(self):
         self.average_dtype = _checked_average_dtype(self.average_dtype)
         self.jit_compile = _checked_jit_compile(self.jit_compile)
-        _ALL.add(self)
+        exchange.register(self)
         self.contexts = SwappedContexts(lambda: bool(self.is_swapped()), lambda: self.once(self.swap))
 
     def __len__(self) -> int:
@@ -292,33 +284,19 @@ class Averages:
         """Sets the flag as a file has it (eager mode), on all replicas."""
         self.status.set_swapped_everywhere(swapped)
         self.contexts.before = swapped
+        self.left = None
 
     # Exchanging.
 
     def swap(self) -> None:
         """Exchanges weights and averages. Ctrl-C finds either all variables exchanged or none."""
-        refreshed = [*self._check_others(), *self.refresh()]
+        refreshed = [*exchange.check_others(self), *self.refresh()]
+        self.left = None
         if tf.executing_eagerly() and not core_variables.in_replica_context():
             exchange.finish(self._exchange)
             return
         with core_variables.after(*refreshed):
             self._exchange()
-
-    def _check_others(self) -> list:
-        """Fails if the averages of others are in the variables; in graphs the operations that do so."""
-        if not tf.executing_eagerly():
-            return [o.status.check_not_swapped(SWAPPED_BY_ANOTHER_ERROR) for o in self._others()]
-        if any(other.is_swapped() for other in self._others()):
-            gc.collect()  # One that nobody can reach will not swap back.
-            for other in self._others():
-                other.status.check_not_swapped(SWAPPED_BY_ANOTHER_ERROR)
-        return []
-
-    def _others(self) -> Iterator[Averages]:
-        """Those that average some of the variables too."""
-        for other in list(_ALL):
-            if other is not self and any(variable in other.slots for variable in self.slots):
-                yield other
 
     def swapped(self, value: Value) -> SwappedContext[Value]:
         """A context in which the model holds the averages, and whose `as` gives `value`."""
@@ -369,6 +347,27 @@ class Averages:
                 for pair in zip(components(slots.variable), components(slots.average))
             ]
             self.on_devices(pairs, [fold.copy_all])
+
+    # Left in the model (eager mode).
+
+    def leave(self) -> None:
+        """Notes what the model holds, which are the averages."""
+        self.left = self._checksum()
+
+    def take_up(self) -> bool:
+        """Starts anew from what was loaded into the model since `leave`; whether there was anything."""
+        loaded = self.left is not None and self.left != self._checksum()
+        if loaded:
+            self.start_over()
+        self.left = None
+        return loaded
+
+    def _checksum(self) -> int:
+        checksum = 0
+        for variable in self.slots:
+            value = core_variables.read(core_variables.all_components(variable)[0])
+            checksum = zlib.crc32(value.numpy().tobytes(), checksum)
+        return checksum
 
     # The start, and starting anew (eager mode).
 

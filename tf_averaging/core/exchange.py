@@ -15,8 +15,10 @@
 
 from __future__ import annotations
 
+import gc
 import threading
-from typing import Callable, Iterable, List, Tuple
+import weakref
+from typing import TYPE_CHECKING, Callable, Iterable, Iterator, List, Tuple
 
 import tensorflow as tf
 
@@ -24,6 +26,15 @@ from tf_averaging.core.variables import Component
 from tf_averaging.core.variables import after
 from tf_averaging.core.variables import assign
 from tf_averaging.core.variables import read
+
+if TYPE_CHECKING:
+    from tf_averaging.core.averages import Averages
+
+
+SWAPPED_BY_ANOTHER_ERROR = (
+    "The averages of another averaging optimizer are in variables that this one averages too: swaps that "
+    "interleave would bring back the wrong weights. Call `swap_weights()` of that one first."
+)
 
 
 def exchange(pairs: Iterable[Tuple[Component, Component]]) -> None:
@@ -66,6 +77,34 @@ def leave_stash(triples: Iterable[Tuple[Component, Component, Component]]) -> No
 
 def _bits(value: tf.Tensor) -> tf.Tensor:
     return tf.bitcast(value, {1: tf.uint8, 2: tf.uint16, 4: tf.uint32, 8: tf.uint64}[value.dtype.size])
+
+
+# Two sets of averages of one variable.
+
+_ALL: weakref.WeakSet[Averages] = weakref.WeakSet()
+
+
+def register(averages: Averages) -> None:
+    """Makes a set of averages known to the others, as long as it exists."""
+    _ALL.add(averages)
+
+
+def check_others(averages: Averages) -> list:
+    """Fails if other averages are in the variables of these; in graphs the operations that do so."""
+    if not tf.executing_eagerly():
+        return [o.status.check_not_swapped(SWAPPED_BY_ANOTHER_ERROR) for o in _others(averages)]
+    if any(other.is_swapped() for other in _others(averages)):
+        gc.collect()  # One that nobody can reach will not swap back.
+        for other in _others(averages):
+            other.status.check_not_swapped(SWAPPED_BY_ANOTHER_ERROR)
+    return []
+
+
+def _others(averages: Averages) -> Iterator[Averages]:
+    """Those that average some of the variables too."""
+    for other in list(_ALL):
+        if other is not averages and any(variable in other.slots for variable in averages.slots):
+            yield other
 
 
 def finish(work: Callable[[], None]) -> None:

@@ -1,0 +1,91 @@
+# Copyright 2026 The tf_averaging Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What a user loads into a model in which `fit` left the averages is never trained over, or lost."""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import tf_averaging as tfav
+from tests import testing_utils
+from tests.testing_utils import X
+from tests.testing_utils import Y
+
+
+class TestWeightsLoadedAfterFit:
+    """Into a model in which `fit` has left the averages."""
+
+    def fit(self, keras, model, callbacks=(), epochs=2):
+        """Returns the weights with which training begins."""
+        begun = []
+
+        class Begin(keras.callbacks.Callback):
+            def on_train_batch_begin(self, batch, logs=None):
+                begun.append(model.get_weights())
+
+        callbacks = [tfav.callbacks.SwapAverageWeights(swap_on_epoch=True), *callbacks, Begin()]
+        model.fit(X, Y, validation_data=(X, Y), epochs=epochs, callbacks=callbacks, verbose=0)
+        return begun[0]
+
+    def trained(self, keras, optimizer, callbacks=()):
+        model = testing_utils.new_model(optimizer, keras=keras)
+        self.fit(keras, model, callbacks)
+        assert model.optimizer.weights_swapped
+        return model
+
+    def make(self, keras, scheme):
+        return (tfav.SWA if scheme == "SWA" else tfav.ExponentialMovingAverage)(keras.optimizers.SGD(0.1))
+
+    @pytest.mark.parametrize("scheme", ["SWA", "EMA"])
+    def test_are_trained_on(self, keras, scheme, caplog):
+        model = self.trained(keras, self.make(keras, scheme))
+        loaded = [np.full_like(weight, 0.5) for weight in model.get_weights()]
+        model.set_weights(loaded)
+        caplog.clear()
+        testing_utils.assert_same_bits(self.fit(keras, model), loaded)
+        assert [record.message[:23] for record in caplog.records] == ["Weights were loaded into"[:23]]
+        fresh = testing_utils.new_model(self.make(keras, scheme), keras=keras)
+        fresh.set_weights(loaded)
+        if scheme == "EMA":  # SWA's due steps follow the count of steps, which goes on.
+            self.fit(keras, fresh)
+            testing_utils.assert_same_bits(model.get_weights(), fresh.get_weights())
+
+    def test_by_early_stopping_are_trained_on(self, keras, caplog):
+        stop = keras.callbacks.EarlyStopping("loss", mode="max", patience=5, restore_best_weights=True)
+        model = self.trained(keras, self.make(keras, "EMA"), [stop])
+        restored = model.get_weights()
+        testing_utils.assert_same_bits(self.fit(keras, model), restored)
+        assert "Weights were loaded" in caplog.text
+
+    def test_none_were(self, keras, caplog):
+        model = self.trained(keras, self.make(keras, "EMA"))
+        optimizer = model.optimizer
+        raw = [np.array(optimizer.get_slot(v, "average")) for v in model.trainable_variables]
+        testing_utils.assert_same_bits(self.fit(keras, model), raw)
+        optimizer.swap_weights()
+        model.set_weights([weight + 1 for weight in model.get_weights()])
+        raw = model.get_weights()
+        optimizer.swap_weights()
+        testing_utils.assert_same_bits(self.fit(keras, model), raw)
+        assert "Weights were loaded" not in caplog.text
+
+    def test_with_the_optimizers_state_are_not_loaded_weights(self, keras, tmp_path, caplog):
+        model = self.trained(keras, self.make(keras, "EMA"))
+        checkpoint = tf.train.Checkpoint(model=model, optimizer=model.optimizer)
+        path = checkpoint.save(str(tmp_path / "ckpt"))
+        raw = [np.array(model.optimizer.get_slot(v, "average")) for v in model.trainable_variables]
+        self.fit(keras, model)
+        checkpoint.restore(path)
+        testing_utils.assert_same_bits(self.fit(keras, model), raw)
+        assert "Weights were loaded" not in caplog.text
