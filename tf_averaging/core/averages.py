@@ -99,7 +99,7 @@ class Averages:
     def __post_init__(self):
         self.average_dtype = _checked_average_dtype(self.average_dtype)
         self.jit_compile = _checked_jit_compile(self.jit_compile)
-        exchange.register(self)
+        exchange.ALL.add(self)
         self.contexts = SwappedContexts(lambda: bool(self.is_swapped()), lambda: self.once(self.swap))
 
     def __len__(self) -> int:

@@ -79,14 +79,9 @@ def _bits(value: tf.Tensor) -> tf.Tensor:
     return tf.bitcast(value, {1: tf.uint8, 2: tf.uint16, 4: tf.uint32, 8: tf.uint64}[value.dtype.size])
 
 
-# Two sets of averages of one variable.
+# Two sets of averages of one variable. All of them, as long as they exist:
 
-_ALL: weakref.WeakSet[Averages] = weakref.WeakSet()
-
-
-def register(averages: Averages) -> None:
-    """Makes a set of averages known to the others, as long as it exists."""
-    _ALL.add(averages)
+ALL: weakref.WeakSet[Averages] = weakref.WeakSet()
 
 
 def check_others(averages: Averages) -> list:
@@ -102,7 +97,7 @@ def check_others(averages: Averages) -> list:
 
 def _others(averages: Averages) -> Iterator[Averages]:
     """Those that average some of the variables too."""
-    for other in list(_ALL):
+    for other in list(ALL):
         if other is not averages and any(variable in other.slots for variable in averages.slots):
             yield other
 
