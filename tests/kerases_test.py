@@ -134,4 +134,5 @@ def test_averaging_optimizer_is_found(keras, loss_scaling):
     for thing in (model, model.optimizer, compiled, optimizer):
         assert tfav.averaging_optimizer(thing) is optimizer
     for thing in (None, keras.optimizers.SGD(), testing_utils.new_model(keras=keras)):
-        assert tfav.averaging_optimizer(thing) is None
+        with pytest.raises(ValueError, match="keeps no averages"):
+            tfav.averaging_optimizer(thing)

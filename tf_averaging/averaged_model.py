@@ -71,7 +71,7 @@ def averaged_model(
             "`averaged_model` cannot be called in a graph. Call it between calls of the `tf.function`, "
             "in a callback for example."
         )
-    found = faces.averaging_optimizer(optimizer or model)
+    found = faces.find_averaging_optimizer(optimizer or model)
     if found is None:
         raise ValueError(
             "Expected an averaging optimizer, such as `tf_averaging.ExponentialMovingAverage(...)`, as "

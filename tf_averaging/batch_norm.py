@@ -105,7 +105,7 @@ def update_batch_norm(
         if seen is not None
         for statistic in _statistics(layer, seen)
     ]
-    optimizer = faces.averaging_optimizer(model)
+    optimizer = faces.find_averaging_optimizer(model)
     if optimizer is not None and optimizer.weights_swapped:
         # The statistics go with the averages when these are swapped out; nothing is folded into them.
         statistics = optimizer._tf_variables([variable for variable, _ in new])

@@ -120,7 +120,15 @@ def rebuild(scheme: Any, config: Dict[str, Any]):
     return scheme.from_config(config)
 
 
-def averaging_optimizer(model_or_optimizer: Any) -> Optional[Any]:
+def find_averaging_optimizer(model_or_optimizer: Any) -> Optional[Any]:
+    """The outermost averaging optimizer in a compiled model or an optimizer; None if there is none."""
+    found = model_or_optimizer
+    while found is not None and not hasattr(type(found), "keras_name"):
+        found = getattr(found, "inner_optimizer", None) or getattr(found, "optimizer", None)
+    return found
+
+
+def averaging_optimizer(model_or_optimizer: Any) -> Any:
     """Finds the averaging optimizer, which may be inside a LossScaleOptimizer.
 
     >>> model = tf.keras.Sequential([tf.keras.Input([2]), tf.keras.layers.Dense(1)])
@@ -130,14 +138,22 @@ def averaging_optimizer(model_or_optimizer: Any) -> Optional[Any]:
     True
 
     Args:
-      model_or_optimizer: a compiled model, an optimizer, or None.
+      model_or_optimizer: a compiled model, or an optimizer.
 
     Returns:
-      The outermost averaging optimizer; None if there is none.
+      The outermost averaging optimizer.
+
+    Raises:
+      ValueError: if there is none.
     """
-    found = model_or_optimizer
-    while found is not None and not hasattr(type(found), "keras_name"):
-        found = getattr(found, "inner_optimizer", None) or getattr(found, "optimizer", None)
+    found = find_averaging_optimizer(model_or_optimizer)
+    if found is None:
+        optimizer = getattr(model_or_optimizer, "optimizer", model_or_optimizer)
+        raise ValueError(
+            "The model's optimizer keeps no averages. Expected one that does around the optimizer that "
+            "trains: `model.compile(tf_averaging.ExponentialMovingAverage(optimizer), ...)` or "
+            f"`tf_averaging.SWA(optimizer)`. Received a model compiled with: {optimizer!r}"
+        )
     return found
 
 

@@ -33,7 +33,7 @@ class AveragingCallback(*_CALLBACKS):  # type: ignore[misc]
         self.params: Dict[str, Any] = {}  # A custom loop may not set any.
         # What tf_keras asks: nothing here reads logs, so there is no reason to wait for their values.
         self._supports_tf_logs = True
-        self._given_optimizer = None if optimizer is None else _averaging_optimizer(optimizer)
+        self._given_optimizer = None if optimizer is None else faces.averaging_optimizer(optimizer)
 
     @property
     def model(self):
@@ -50,26 +50,7 @@ class AveragingCallback(*_CALLBACKS):  # type: ignore[misc]
         """The averaging optimizer: the one given, or the one in the model's optimizer."""
         if self._given_optimizer is not None:
             return self._given_optimizer
-        return _averaging_optimizer(getattr(self.model, "optimizer", None))
-
-
-def _averaging_optimizer(compiled) -> AveragedOptimizerWrapper:
-    """The outermost averaging optimizer in another one, in a LossScaleOptimizer for example.
-
-    Args:
-      compiled: what a model is compiled with, or None.
-
-    Raises:
-      ValueError: if there is none.
-    """
-    optimizer = faces.averaging_optimizer(compiled)
-    if optimizer is not None:
-        return optimizer
-    raise ValueError(
-        "The model's optimizer keeps no averages. Expected one that does around the optimizer that "
-        "trains: `model.compile(tf_averaging.ExponentialMovingAverage(optimizer), ...)` or "
-        f"`tf_averaging.SWA(optimizer)`. Received a model compiled with: {compiled!r}"
-    )
+        return faces.averaging_optimizer(self.model)
 
 
 def checked_bool(name: str, value: bool) -> bool:
