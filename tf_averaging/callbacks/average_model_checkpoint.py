@@ -74,7 +74,7 @@ class AverageModelCheckpoint(averaging_callback.AveragingCallback):
     def __init__(
         self,
         update_weights: bool,
-        filepath: Union[str, os.PathLike],
+        filepath: Union[None, str, os.PathLike] = None,
         monitor: str = "val_loss",
         verbose: int = 0,
         save_best_only: bool = False,
@@ -88,7 +88,13 @@ class AverageModelCheckpoint(averaging_callback.AveragingCallback):
         **kwargs,
     ):
         super().__init__(optimizer)
-        self.update_weights = averaging_callback.checked_bool("update_weights", update_weights)
+        if not isinstance(update_weights, bool) or filepath is None:
+            raise TypeError(
+                "Expected `update_weights`, a bool, and then the file: "
+                "`AverageModelCheckpoint(False, 'model.keras')`. "
+                f"Received: update_weights={update_weights!r}, filepath={filepath!r}"
+            )
+        self.update_weights = update_weights
         unknown = sorted(kwargs.keys() - {"period", "load_weights_on_restart"})
         if unknown:  # tf_keras would ignore them.
             raise TypeError(f"Expected arguments of `ModelCheckpoint`. Received: {', '.join(unknown)}")

@@ -82,11 +82,15 @@ def restore_target(optimizer: Optimizer, position: positions.Position, is_of_pre
     return optimizer
 
 
-def warn_of_saved_model() -> None:
+def warn_of_saved_model(swapped: bool) -> None:
+    how = (
+        "The model holds the averaged weights now, and so will the SavedModel."
+        if swapped
+        else "To export a model with averaged weights, save it inside `with optimizer.swapped_weights():`."
+    )
     warnings.warn(
         "A SavedModel keeps no state of the optimizer: averages, number of steps and the inner "
         "optimizer's variables are not in it. Save to `.keras` or with `tf.train.Checkpoint`, "
-        "which keep them; to export a model with averaged weights, save it inside "
-        "`with optimizer.swapped_weights():`.",
+        f"which keep them. {how}",
         stacklevel=3,
     )

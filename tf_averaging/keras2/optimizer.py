@@ -406,7 +406,7 @@ class Keras2Face(tf_keras.optimizers.Optimizer):
         return has_steps and not self._is_legacy and not isinstance(self._inner_optimizer, Keras2Face)
 
     def _saved_model_children(self) -> Dict[str, Any]:
-        inner_optimizers.warn_of_saved_model()
+        inner_optimizers.warn_of_saved_model(bool(self.weights_swapped))
         # tf_keras looks for these two when it loads.
         return {"_iterations": self.iterations, "_variables": self._variables}
 

@@ -325,11 +325,12 @@ def state_of(optimizer: AveragedOptimizerWrapper) -> OptimizerState:
 def save(optimizer: AveragedOptimizerWrapper, store) -> None:
     """Writes the state to a `.keras` file's store (a mapping from names to arrays)."""
     state = state_of(optimizer)
-    if len(state.averages) > len(state.averages.averaged()):
+    has_others = len(state.averages) > len(state.averages.averaged())
+    if has_others and not bool(state.averages.is_swapped()):  # Else they are in the file.
         warnings.warn(
             "Statistics that were recomputed for the averages (`update_batch_norm`) are kept by "
-            "`tf.train.Checkpoint` only. From this file the model gets those that it holds now, and "
-            "the others must be recomputed.",
+            "`tf.train.Checkpoint` only. From this file the model gets the raw weights' own; save inside "
+            "`with optimizer.swapped_weights():`, or recompute them after loading.",
             stacklevel=3,
         )
     state.save(store)
