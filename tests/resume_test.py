@@ -413,6 +413,29 @@ class TestWarnings:
         with pytest.warns(UserWarning, match=r"\.h5.*shadow_copy.*\.keras"):
             H5File.save(model, str(tmp_path))
 
+    @pytest.mark.parametrize("swapped", [False, True])
+    def test_saved_model_loses_the_state(self, tmp_path, swapped):
+        model = new_model()
+        fit_steps(model, 3)
+        if swapped:
+            model.optimizer.swap_weights()
+        advice = (
+            "holds the averaged weights" if swapped else "save inside `with optimizer.swapped_weights"
+        )
+        with pytest.warns(UserWarning, match=f"no state of the optimizer.*{advice}"):
+            model.save(str(tmp_path / "model"), save_format="tf")
+
+    def test_statistics_are_lost_unless_the_averages_are_in_the_file(self, tmp_path):
+        model = testing_utils.new_model(tfav.SWA(CURRENT.SGD(0.1), 0, 1), batch_norm=True)
+        fit_steps(model, 3)
+        with model.optimizer.swapped_weights():
+            tfav.update_batch_norm(model, testing_utils.X, verbose=0)
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                KerasFile.save(model, str(tmp_path))
+        with pytest.warns(UserWarning, match="Statistics that were recomputed.*save inside"):
+            KerasFile.save(model, str(tmp_path))
+
     @pytest.mark.parametrize("form", [Checkpoint, KerasFile, H5File, Weights, Arrays])
     def test_there_is_none_where_nothing_is_lost(self, tmp_path, form):
         model = new_model()

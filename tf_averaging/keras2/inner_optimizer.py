@@ -86,7 +86,7 @@ def warn_of_saved_model(swapped: bool) -> None:
     how = (
         "The model holds the averaged weights now, and so will the SavedModel."
         if swapped
-        else "To export a model with averaged weights, save it inside `with optimizer.swapped_weights():`."
+        else "To export the averaged weights, save inside `with optimizer.swapped_weights():`."
     )
     warnings.warn(
         "A SavedModel keeps no state of the optimizer: averages, number of steps and the inner "
