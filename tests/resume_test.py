@@ -419,9 +419,7 @@ class TestWarnings:
         fit_steps(model, 3)
         if swapped:
             model.optimizer.swap_weights()
-        advice = (
-            "holds the averaged weights" if swapped else "save inside `with optimizer.swapped_weights"
-        )
+        advice = "holds the averaged weights" if swapped else "inside `with optimizer.swapped_weights"
         with pytest.warns(UserWarning, match=f"no state of the optimizer.*{advice}"):
             model.save(str(tmp_path / "model"), save_format="tf")
 
