@@ -16,6 +16,7 @@
 import copy
 import signal
 
+import keras as keras_3
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -23,6 +24,7 @@ import tf_keras
 from absl import logging
 
 import tf_averaging as tfav
+from tests import testing_utils
 from tests.testing_utils import CURRENT
 
 X = np.random.default_rng(0).normal(size=(32, 4)).astype(np.float32)
@@ -291,12 +293,10 @@ class TestCustomLoops:
         for value, mean in zip(trainable(loaded), recorder.mean):
             np.testing.assert_allclose(value, mean, rtol=1e-5, atol=1e-6)
 
-    def test_begin_epoch_must_know_the_steps(self):
+    def test_begin_epoch_needs_no_number_of_steps(self):
         model, swap = compiled(), tfav.callbacks.SwapAverageWeights(begin_epoch=1)
-        with pytest.raises(ValueError, match="needs the number of steps in an epoch"):
-            self.loop(model, [swap])
-        self.loop(model, [swap], steps=EPOCH)
-        assert model.optimizer.num_averaged == EPOCH
+        self.loop(model, [swap])
+        assert model.optimizer.start_averaging == model.optimizer.num_averaged == EPOCH
 
 
 class Nested(tf_keras.callbacks.Callback):
@@ -469,8 +469,10 @@ class TestBeginEpoch:
             swap = tfav.callbacks.SwapAverageWeights(begin_epoch=2)
             epochs = {"initial_epoch": initial_epoch, "epochs": initial_epoch + 4}
             model.fit(X, Y, callbacks=[swap], **epochs, **FIT)
-            assert model.optimizer.start_averaging == 2 * EPOCH
-            assert model.optimizer.num_averaged == (trained + 4 - 2) * EPOCH
+            # A file from before the start says that it comes, and the epochs of `fit` say when.
+            start = 2 * EPOCH if trained > 2 else (trained + 2 - initial_epoch) * EPOCH
+            assert model.optimizer.start_averaging == start
+            assert model.optimizer.num_averaged == (trained + 4) * EPOCH - start
 
     def test_checkpoint_loaded_after_a_step_to_build_the_model(self, tmp_path):
         """The function traced for that step knows no start; `fit` traces another."""
@@ -498,11 +500,26 @@ class TestBeginEpoch:
         model.fit(X, Y, epochs=3, callbacks=callbacks, **FIT)
         assert model.optimizer.num_averaged == 2
 
-    def test_not_below_the_epochs(self):
-        with pytest.raises(ValueError, match="begin_epoch=3, epochs=3"):
-            compiled().fit(
-                X, Y, epochs=3, callbacks=[tfav.callbacks.SwapAverageWeights(begin_epoch=3)], **FIT
-            )
+    def test_one_epoch_at_a_time(self, warnings):
+        model = compiled()
+        callbacks = [tfav.callbacks.SwapAverageWeights(begin_epoch=3)]
+        for epoch in range(5):
+            model.fit(X, Y, initial_epoch=epoch, epochs=epoch + 1, callbacks=callbacks, **FIT)
+            assert model.optimizer.num_averaged == max(epoch - 2, 0) * EPOCH
+        assert warnings == [
+            f"Nothing was averaged: averaging starts with epoch 3, and training has ended after {steps} "
+            "steps."
+            for steps in (EPOCH, 2 * EPOCH, 3 * EPOCH)
+        ]
+
+    def test_steps_that_are_no_batches(self):
+        """An optimizer of Keras 3 that accumulates gradients counts those that move weights."""
+        inner = keras_3.optimizers.SGD(0.1, gradient_accumulation_steps=2)
+        model = testing_utils.new_model(tfav.SWA(inner, 0, 1), keras=keras_3)
+        swap = tfav.callbacks.SwapAverageWeights(begin_epoch=2)
+        model.fit(X, Y, epochs=4, callbacks=[swap], **FIT)
+        assert model.optimizer.start_averaging == EPOCH
+        assert model.optimizer.num_averaged == EPOCH
 
     def test_unknown_steps(self):
         batches = tf.data.Dataset.from_generator(
@@ -510,10 +527,8 @@ class TestBeginEpoch:
             output_signature=(tf.TensorSpec([None, 4]), tf.TensorSpec([None, 1])),
         )
         callbacks = [tfav.callbacks.SwapAverageWeights(begin_epoch=1)]
-        with pytest.raises(ValueError, match="steps_per_epoch"):
-            compiled().fit(batches, epochs=3, callbacks=callbacks, verbose=0)
         model = compiled()
-        model.fit(batches.repeat(), steps_per_epoch=2, epochs=3, callbacks=callbacks, verbose=0)
+        model.fit(batches, epochs=3, callbacks=callbacks, verbose=0)
         assert model.optimizer.num_averaged == 4
 
     def test_start_in_steps_too(self):
@@ -542,8 +557,8 @@ def test_start_beyond_the_training_is_a_warning(warnings, start, warned):
     model.fit(X, Y, epochs=2, callbacks=[tfav.callbacks.SwapAverageWeights()], **FIT)
     assert warnings == (
         [
-            f"Nothing will be averaged: averaging starts at step {start}, and this training ends before "
-            f"step {2 * EPOCH} (2 epochs of {EPOCH} steps)."
+            f"Nothing was averaged: averaging starts at step {start}, and training has ended after "
+            f"{2 * EPOCH} steps."
         ]
         if warned
         else []

@@ -87,6 +87,7 @@ def averaged_model(
         raise ValueError("Expected a `target` other than `model`, which holds the weights that train.")
     result = _clone(model) if target is None else target
     twins = _matching(result, model)
+    found._unclaimed.check()
     if found.has_shadow_copy:  # Until then the averages are the weights.
         _check_averages(found, model)
     for twin, variable in zip(twins, _variables(model)):

@@ -23,6 +23,7 @@ import tensorflow as tf
 from tf_averaging import faces
 from tf_averaging.core import variables as core_variables
 from tf_averaging.core.averages import Averages
+from tf_averaging.core.averages import checked_jit_compile
 from tf_averaging.core.status import NOT_SET
 from tf_averaging.core.status import check_program_order
 from tf_averaging.core.status import checked_count
@@ -331,7 +332,9 @@ class AveragedOptimizerWrapper:
 
     def __getattr__(self, name: str):
         # For what is not found in the usual way: the inner optimizer's settings.
-        if name.startswith("_") or name == "inner_optimizer":
+        if name == "inner_optimizer":
+            raise AttributeError("Expected a call of `super().__init__(optimizer, ...)` before.")
+        if name.startswith("_"):
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         return getattr(self.inner_optimizer, name)
 
@@ -341,7 +344,7 @@ class AveragedOptimizerWrapper:
         elif name.startswith("_") or name in ("name", "built") or not hasattr(self.inner_optimizer, name):
             super().__setattr__(name, value)
         elif self._is_ready:  # Before that it is Keras's constructor, which sets defaults.
-            setattr(self.inner_optimizer, name, value)
+            faces.set_on_inner(self, name, value)
 
     # The form in a checkpoint. TensorFlow asks for it by these names.
 
@@ -381,8 +384,6 @@ class AveragedOptimizerWrapper:
     def __dir__(self):
         # What savers look through. The inner optimizer and the averages are saved with this one, once.
         return set(super().__dir__()) - {"get_slot_names", "inner_optimizer", "_inner_optimizer"}
-
-    # Configuration.
 
     def get_config(self) -> Dict[str, Any]:
         """The constructor's arguments, ready for JSON."""
@@ -439,7 +440,7 @@ class AveragedOptimizerWrapper:
     @jit_compile.setter
     def jit_compile(self, value: Union[bool, str]) -> None:
         if self._is_ready:  # Keras's constructor sets one of its own.
-            self._averages.jit_compile = value
+            self._averages.jit_compile = checked_jit_compile(value)
 
     def __repr__(self) -> str:
         names = f"{type(self).__name__} around {type(self.inner_optimizer).__name__}"

@@ -110,6 +110,7 @@ def update_batch_norm(
         # The statistics go with the averages when these are swapped out; nothing is folded into them.
         statistics = optimizer._tf_variables([variable for variable, _ in new])
         optimizer._averages.add(core_variables.averageable(statistics), "exchanged")
+        optimizer._averages.exchanged_at = int(optimizer.num_averaged)
     for variable, value in new:
         _assign(variable, value)
 

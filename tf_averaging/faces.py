@@ -108,10 +108,11 @@ def register(scheme: type) -> type:
 
 
 def _register_with(keras: Any, scheme: type) -> None:
-    # In an `.h5` file of tf_keras a LossScaleOptimizer names what is inside it by the bare name.
-    # `convert_to_legacy_optimizer` of tf_keras (TF-Agents) looks for the name in lower case.
-    for name in (scheme.__name__, scheme.__name__.lower()):
-        keras.saving.get_custom_objects().setdefault(name, scheme)
+    if keras.__name__ == "tf_keras":
+        # In an `.h5` file a LossScaleOptimizer names what is inside it by the bare name.
+        # `convert_to_legacy_optimizer` (TF-Agents) looks for the name in lower case.
+        for name in (scheme.__name__, scheme.__name__.lower()):
+            keras.saving.get_custom_objects().setdefault(name, scheme)
     keras.saving.register_keras_serializable("tf_averaging")(scheme)
 
 
@@ -376,6 +377,17 @@ def _shown(value: Any) -> str:
 # What the faces have in common.
 
 
+def set_on_inner(optimizer: Any, name: str, value: Any) -> None:
+    """Sets a setting of the inner optimizer."""
+    if name == "use_ema" and value:
+        raise ValueError(
+            "The inner optimizer would keep an average of its own, and put it into the model at the end "
+            f"of `fit`. Expected `use_ema=False`: the wrapper keeps the average. Received: {value!r}"
+        )
+    kerases.check_schedule(optimizer.keras, name, value)
+    setattr(optimizer.inner_optimizer, name, value)
+
+
 def of_inner(name: str, doc: str) -> property:
     """A property of an averaging optimizer that is the inner optimizer's; setting it sets that."""
 
@@ -383,8 +395,7 @@ def of_inner(name: str, doc: str) -> property:
         return getattr(self.inner_optimizer, name)
 
     def set_(self, value) -> None:
-        kerases.check_schedule(self.keras, name, value)
-        setattr(self.inner_optimizer, name, value)
+        set_on_inner(self, name, value)
 
     return property(get, set_, doc=doc)
 

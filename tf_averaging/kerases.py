@@ -147,6 +147,8 @@ def check_same_keras(keras: ModuleType, thing: object) -> None:
 def checked_list(keras: ModuleType, variables: Any, expected: str) -> list:
     """An iterable of variables, none of another Keras, as a list."""
     try:
+        if hasattr(variables, "assign"):  # One variable: its elements are none.
+            raise TypeError
         variables = list(variables)
     except TypeError as error:
         raise TypeError(f"{expected} Received: {variables!r}") from error

@@ -21,6 +21,7 @@ from absl import logging
 
 from tf_averaging.averaged_optimizer_wrapper import AveragedOptimizerWrapper
 from tf_averaging.callbacks import averaging_callback
+from tf_averaging.core.status import NEVER
 from tf_averaging.core.status import checked_count
 
 
@@ -69,15 +70,16 @@ class SwapAverageWeights(averaging_callback.AveragingCallback):
         `restore_best_weights`, TensorBoard) save and judge the averages. They are then in the model when
         `fit` returns; the raw weights are in the slots, and the next `fit` begins from them.
       begin_epoch: int >= 0, the epoch (counted from 0) with which averaging starts; an alternative to a
-        start in steps. The step at which that is becomes part of the optimizer's state.
+        start in steps. The step at which that is becomes part of the optimizer's state, so a training
+        that is resumed, or goes on one epoch at a time with `initial_epoch`, begins once.
       optimizer: the averaging optimizer, for models that are compiled with another one; None for the one
         that the model is compiled with.
 
     Raises:
       TypeError: if `swap_on_epoch` is not a bool or `begin_epoch` not an int.
       ValueError: if `begin_epoch` is negative or `optimizer` does not average; when training begins, if
-        the model's optimizer does not average, or if `begin_epoch` is not below the number of epochs, the
-        number of steps in an epoch is not known, or the optimizer was given a start in steps.
+        the model's optimizer does not average, or has a start in steps beside `begin_epoch`, or has begun
+        to average before without it.
     """
 
     def __init__(
@@ -129,8 +131,12 @@ class SwapAverageWeights(averaging_callback.AveragingCallback):
             )
         self._rest(averages=False)
         self._first_epoch = True
-        if self.begin_epoch and not self.optimizer.start_was_set:
-            self._check_begin_epoch()
+        if self.begin_epoch and self.optimizer.start_averaging and not self.optimizer.start_was_set:
+            raise ValueError(
+                "Expected a start in steps or `begin_epoch`, not both. Received: "
+                f"begin_epoch={self.begin_epoch}, and an optimizer that starts at step "
+                f"{self.optimizer.start_averaging}"
+            )
 
     def on_epoch_begin(self, epoch, logs=None):
         """Returns to the raw weights."""
@@ -138,6 +144,8 @@ class SwapAverageWeights(averaging_callback.AveragingCallback):
         if self._first_epoch:
             self._first_epoch = False
             self._begin(epoch)
+        if epoch >= self.begin_epoch and self.optimizer.start_averaging == NEVER:
+            self.optimizer.begin_averaging(int(self.optimizer.iterations.numpy()))
 
     def on_train_batch_begin(self, batch, logs=None):
         """Returns to the raw weights if an evaluation in the middle of the epoch was left."""
@@ -149,7 +157,8 @@ class SwapAverageWeights(averaging_callback.AveragingCallback):
         self._rest(averages=self.swap_on_epoch)
 
     def on_train_end(self, logs=None):
-        """Leaves the averages in the model with `swap_on_epoch`, the raw weights without."""
+        """Leaves the averages in the model with `swap_on_epoch`; warns if there are none."""
+        self._warn_of_nothing()
         self._rest(averages=self.swap_on_epoch)
         if self.swap_on_epoch:
             self.optimizer._averages.leave()
@@ -190,52 +199,33 @@ class SwapAverageWeights(averaging_callback.AveragingCallback):
 
     # The start of averaging.
 
-    def _check_begin_epoch(self) -> None:
-        received = f"Received: begin_epoch={self.begin_epoch}"
-        if self.optimizer.start_averaging:
-            raise ValueError(
-                "Expected a start in steps or `begin_epoch`, not both. "
-                f"{received}, and an optimizer that starts at step {self.optimizer.start_averaging}"
-            )
-        epochs = self.params.get("epochs")
-        if epochs is not None and self.begin_epoch >= epochs:
-            raise ValueError(
-                "Expected `begin_epoch` below the number of epochs, or nothing would be averaged. "
-                f"{received}, epochs={epochs}"
-            )
-        if self.params.get("steps") is None:
-            raise ValueError(
-                "`begin_epoch` needs the number of steps in an epoch, and the data does not tell it. "
-                "Expected `steps_per_epoch` in `fit`, data that knows its length, or an optimizer with a "
-                f"start in steps. {received}"
-            )
-
     def _begin(self, epoch: int) -> None:
-        """Sets the start of averaging in the first epoch of a `fit`, and checks it."""
+        """Has averaging begin with `begin_epoch`, and not before."""
         optimizer = self.optimizer
-        params: Any = self.params
-        steps, epochs = params.get("steps"), params.get("epochs")
         step = int(optimizer.iterations.numpy())
         if self.begin_epoch:
-            if not optimizer.start_was_set:
-                optimizer.begin_averaging(step + max(self.begin_epoch - epoch, 0) * steps)
-            self.model.make_train_function(force=True)  # One traced before may know another start.
-        if optimizer.average_period is None:
-            return  # Updates are made by hand.
+            if optimizer.start_averaging == 0:
+                optimizer.begin_averaging(NEVER)
+            # A step that was traced before may know another start. From here on it looks it up.
+            self.model.make_train_function(force=True)
         start = optimizer.start_averaging
-        if optimizer.num_averaged == 0 and step > start and not self._starts_anew:
+        if optimizer.average_period is None or self._starts_anew:
+            return
+        if optimizer.num_averaged == 0 and step > start:
             logging.warning(
                 "After %d steps, averaging having started at step %d, the optimizer holds no averages, "
                 "as after loading a model without them. They start from the weights as they are now.",
                 step,
                 start,
             )
-        if None not in (steps, epochs) and start >= step + (epochs - epoch) * steps:
+
+    def _warn_of_nothing(self) -> None:
+        optimizer = self.optimizer
+        start, step = optimizer.start_averaging, int(optimizer.iterations.numpy())
+        if optimizer.average_period is not None and optimizer.num_averaged == 0 and start >= step:
+            when = f"with epoch {self.begin_epoch}" if start == NEVER else f"at step {start}"
             logging.warning(
-                "Nothing will be averaged: averaging starts at step %d, and this training ends before "
-                "step %d (%d epochs of %d steps).",
-                start,
-                step + (epochs - epoch) * steps,
-                epochs - epoch,
-                steps,
+                "Nothing was averaged: averaging starts %s, and training has ended after %d steps.",
+                when,
+                step,
             )

@@ -15,7 +15,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import zlib
 from typing import Any, Callable, Iterable, List, Optional, Sequence, Tuple, TypeVar, Union
@@ -83,6 +82,7 @@ class Averages:
       when_added: called with the variables that got averages, whoever asked for them.
       on_devices: does work on all averages of a device.
       contexts: the open contexts in which the model holds the averages.
+      exchanged_at: how many updates there were when values to exchange were last added.
       left: a checksum of the averages that `leave` left in the model; None if nothing is known of them.
     """
 
@@ -93,12 +93,13 @@ class Averages:
     status: Any = None  # A `Status`.
     when_added: List[Callable[[List[tf.Variable]], None]] = dataclasses.field(default_factory=list)
     on_devices: fold.DeviceFunctions = dataclasses.field(default_factory=fold.DeviceFunctions)
+    exchanged_at: int = 0
     left: Optional[int] = None
     _first_step: int = NOT_SET
 
     def __post_init__(self):
         self.average_dtype = _checked_average_dtype(self.average_dtype)
-        self.jit_compile = _checked_jit_compile(self.jit_compile)
+        self.jit_compile = checked_jit_compile(self.jit_compile)
         exchange.ALL.add(self)
         self.contexts = SwappedContexts(lambda: bool(self.is_swapped()), lambda: self.once(self.swap))
 
@@ -127,11 +128,13 @@ class Averages:
                 callback(new)
         return new
 
-    def create(self, selection: core_variables.VariableSelection) -> None:
-        """Creates the averages that are wanted and missing."""
+    def create(self, selection: core_variables.VariableSelection) -> bool:
+        """Creates the averages that are wanted and missing; whether there were any."""
         check_program_order()
-        if self.add(selection.wanted()) or (self.status is not None and self.status.has_unplaced()):
+        added = bool(self.add(selection.wanted()))
+        if added or (self.status is not None and self.status.has_unplaced()):
             self.order(selection.in_order())
+        return added
 
     def create_status(self, like: Optional[tf.Variable]) -> Status:
         """Returns the status, created where `like` lives if there is none yet."""
@@ -291,6 +294,7 @@ class Averages:
     def swap(self) -> None:
         """Exchanges weights and averages. Ctrl-C finds either all variables exchanged or none."""
         refreshed = [*exchange.check_others(self), *self.refresh()]
+        exchange.warn_if_stale(self)
         self.left = None
         if tf.executing_eagerly() and not core_variables.in_replica_context():
             exchange.finish(self._exchange)
@@ -309,7 +313,7 @@ class Averages:
 
     def _exchange(self) -> None:
         # Compiled code would copy, and could not change the length of the flag.
-        with _uncompiled():
+        with exchange.uncompiled():
             swapped = self.is_swapped()
             exchange.exchange(
                 pair
@@ -425,13 +429,6 @@ def _done(work: Callable[[], object]) -> tf.Tensor:
     return tf.constant(True)
 
 
-def _uncompiled():
-    """Keeps TensorFlow, where it compiles parts of graphs by itself, from compiling this one."""
-    if tf.executing_eagerly():
-        return contextlib.nullcontext()
-    return tf.xla.experimental.jit_scope(compile_ops=False)
-
-
 def _checked_average_dtype(value) -> Optional[tf.DType]:
     if value is None:
         return None
@@ -441,7 +438,7 @@ def _checked_average_dtype(value) -> Optional[tf.DType]:
     return dtype
 
 
-def _checked_jit_compile(value: Union[bool, str]) -> Union[bool, str]:
+def checked_jit_compile(value: Union[bool, str]) -> Union[bool, str]:
     if isinstance(value, (bool, np.bool_)):
         return bool(value)
     if value != "auto":

@@ -15,13 +15,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import threading
+import warnings
 import weakref
 from typing import TYPE_CHECKING, Callable, Iterable, Iterator, List, Tuple
 
 import tensorflow as tf
 
+from tf_averaging.core import fold
 from tf_averaging.core.variables import Component
 from tf_averaging.core.variables import after
 from tf_averaging.core.variables import assign
@@ -32,8 +35,9 @@ if TYPE_CHECKING:
 
 
 SWAPPED_BY_ANOTHER_ERROR = (
-    "The averages of another averaging optimizer are in variables that this one averages too: swaps that "
-    "interleave would bring back the wrong weights. Call `swap_weights()` of that one first."
+    "The averages of another averaging optimizer are in variables that this one averages too: it would "
+    "take them for weights, and swaps that interleave bring back the wrong ones. Call `swap_weights()` "
+    "of that one first. To go on from its averages, call its `assign_average_vars(model.variables)` then."
 )
 
 
@@ -79,6 +83,19 @@ def _bits(value: tf.Tensor) -> tf.Tensor:
     return tf.bitcast(value, {1: tf.uint8, 2: tf.uint16, 4: tf.uint32, 8: tf.uint64}[value.dtype.size])
 
 
+def uncompiled():
+    """Keeps TensorFlow, where it compiles parts of graphs by itself, from compiling this one.
+
+    Raises:
+      RuntimeError: where XLA compiles the whole graph.
+    """
+    if tf.executing_eagerly():
+        return contextlib.nullcontext()
+    if fold.is_compiled_whole():
+        raise RuntimeError("XLA cannot compile `swap_weights`. Call it outside of compiled functions.")
+    return tf.xla.experimental.jit_scope(compile_ops=False)
+
+
 # Two sets of averages of one variable. All of them, as long as they exist:
 
 ALL: weakref.WeakSet[Averages] = weakref.WeakSet()
@@ -89,10 +106,24 @@ def check_others(averages: Averages) -> list:
     if not tf.executing_eagerly():
         return [o.status.check_not_swapped(SWAPPED_BY_ANOTHER_ERROR) for o in _others(averages)]
     if any(other.is_swapped() for other in _others(averages)):
-        gc.collect()  # One that nobody can reach will not swap back.
+        gc.collect()  # One that nobody can reach will not swap back. This takes time, but then only.
         for other in _others(averages):
             other.status.check_not_swapped(SWAPPED_BY_ANOTHER_ERROR)
     return []
+
+
+def warn_if_stale(averages: Averages) -> None:
+    """Warns if values that are exchanged with the averages were made for others (eager mode)."""
+    if not tf.executing_eagerly() or len(averages.slots) == len(averages.averaged()):
+        return
+    updates = int(averages.num_averaged())
+    if updates > averages.exchanged_at and not averages.is_swapped():
+        warnings.warn(
+            f"The statistics that `update_batch_norm` recomputed are those of averages with "
+            f"{averages.exchanged_at} updates, and the averages hold {updates} by now. Call "
+            "`update_batch_norm` again while they are in the model.",
+            stacklevel=6,
+        )
 
 
 def _others(averages: Averages) -> Iterator[Averages]:

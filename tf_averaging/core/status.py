@@ -30,6 +30,8 @@ from tf_averaging.core.variables import VariableMap
 
 # A step or a count that is not known yet.
 NOT_SET = -1
+# A start that will be set later: no step comes that far.
+NEVER = tf.int64.max
 
 SWAPPED_ERROR = (
     "The averages are in the model and the weights in the slots (`weights_swapped` is True), so a step "

@@ -76,6 +76,8 @@ class SwappedContext(Generic[Value]):
         self._is_open = False
 
     def __enter__(self) -> Value:
+        if self._is_open:
+            raise RuntimeError("This context is open already. Call `swapped_weights()` for another one.")
         try:
             exchange.finish(self._open)
         except BaseException:

@@ -22,10 +22,12 @@ from typing import Any, Callable, List, Optional, Sequence, Union
 
 import tensorflow as tf
 
+from tf_averaging.core import exchange
 from tf_averaging.core import fold
 from tf_averaging.core import variables as core_variables
 from tf_averaging.core.averages import Averages
 from tf_averaging.core.averages import for_each_pair
+from tf_averaging.core.status import NEVER
 from tf_averaging.core.status import NOT_SET
 from tf_averaging.core.status import check_program_order
 from tf_averaging.core.variables import VariableSelection
@@ -81,9 +83,11 @@ class Updates:
         check_program_order()
         if self.unclaimed.saved:
             self.unclaimed.check()
+        is_traced = not tf.executing_eagerly()
         with tf.init_scope():
             self.selection.train(variables)
-            self.averages.create(self.selection)
+            if self.averages.create(self.selection) or is_traced:
+                exchange.check_others(self.averages)
         if not self.averages:
             return take_step(gradients)
         step = steps_taken()
@@ -133,7 +137,7 @@ class Updates:
         return tf.where(tf.equal(weight, 1.0), variable, new)
 
     def begin(self, step: int) -> None:
-        """Makes `step` the first one that is averaged, unless one was set before.
+        """Makes `step` the first one that is averaged, unless one was set before that is not `NEVER`.
 
         Raises:
           ValueError: if there is a start already, or averaging has begun.
@@ -143,7 +147,7 @@ class Updates:
                 f"The optimizer was given a start in steps already, {self.start}. Expected that or a "
                 f"start by epoch, not both. Received: step={step}"
             )
-        if self.averages.begins_at(NOT_SET) != NOT_SET:
+        if self.averages.begins_at(NOT_SET) not in (NOT_SET, NEVER):
             return
         updates = int(self.averages.num_averaged())
         if updates > 0:
@@ -224,9 +228,19 @@ class Updates:
             return False
         with tf.init_scope():
             first = tf.zeros([1], tf.int64)
-            weight = tf.function(lambda: self.averaging_weight(first, first)).get_concrete_function()
-            # What depends on a variable may be another weight by the time of the update.
-            return not weight.captured_inputs and bool(tf.reduce_all(tf.equal(weight(), 1.0)))
+
+            @functools.partial(tf.function, autograph=False)
+            def weigh() -> tf.Tensor:
+                return _checked_weight(self.averaging_weight(first, first), first.shape)
+
+            if weigh.get_concrete_function().captured_inputs:
+                return False  # What depends on a variable may have changed before the update.
+            weight = weigh()
+            if not tf.reduce_all(tf.logical_and(weight >= 0, weight <= 1)):
+                raise ValueError(
+                    f"Expected `averaging_weight` to return weights from 0 to 1. Received: {weight}"
+                )
+            return bool(tf.reduce_all(tf.equal(weight, 1.0)))
 
     # After a step.
 

@@ -223,6 +223,11 @@ class Keras3Face(keras.optimizers.Optimizer):
         of_averages = of_averages[: len(of_averages) - len(state.own)]
         return inner + [self._as_keras(variable) for variable in of_averages] + list(self._variables)
 
+    @property
+    def weights(self) -> List[Any]:
+        """Same as `variables`."""
+        return self.variables
+
     def _as_keras(self, variable: tf.Variable) -> Any:
         """The Keras variable that has this one inside, always the same."""
         if variable not in self._in_keras:
@@ -286,7 +291,7 @@ class Keras3Face(keras.optimizers.Optimizer):
         return self._may_be_averaged(kerases.checked_list(keras, variables, expected))
 
     def _variable_name(self, variable: tf.Variable) -> str:
-        return self._paths.get(variable, variable.name)
+        return self._paths.get(variable) or str(getattr(variable, "name", variable))
 
     def _steps_variable(self) -> tf.Variable:
         return kerases.tf_variable(self._iterations)
