@@ -36,6 +36,9 @@ All settings were chosen on the validation set; the test set is used only at the
 
     python examples/digits.py
     python examples/digits.py --optimizer=adam --learning_rate=0.01
+    TF_USE_LEGACY_KERAS=1 python examples/digits.py
+
+The last line runs it with tf_keras (Keras 2), the others with Keras 3.
 """
 
 import os
@@ -52,7 +55,6 @@ import numpy as np
 import sklearn.datasets
 import sklearn.model_selection
 import tensorflow as tf
-import tf_keras
 from absl import app
 from absl import flags
 from absl import logging
@@ -62,7 +64,7 @@ import tf_averaging as tfav
 FLAGS = flags.FLAGS
 flags.DEFINE_integer("epochs", 25, "Number of epochs of each run.", lower_bound=1)
 flags.DEFINE_integer("seeds", 3, "Number of runs of each kind, with seeds 0, 1, 2, ...", lower_bound=1)
-flags.DEFINE_string("optimizer", "sgd", "Name of the optimizer, alone and inside; any of tf_keras's.")
+flags.DEFINE_string("optimizer", "sgd", "Name of the optimizer, alone and inside; any of tf.keras's.")
 flags.DEFINE_float("learning_rate", 1.0, "Its learning rate, constant until SWA starts.", lower_bound=0.0)
 flags.DEFINE_integer("batch_size", 32, "Images in a step, on both replicas together.", lower_bound=2)
 flags.DEFINE_float(
@@ -119,7 +121,7 @@ class Run(NamedTuple):
     """
 
     scheme: str
-    model: tf_keras.Model
+    model: tf.keras.Model
     history: Dict[str, List[float]]
     validation: Metrics
     raw: Metrics
@@ -150,13 +152,13 @@ def two_replicas() -> tf.distribute.Strategy:
     return tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
 
 
-def make_model() -> tf_keras.Model:
+def make_model() -> tf.keras.Model:
     """Two convolutions, normalized by the statistics of the whole batch.
 
     Each replica's own (`synchronized=False`) would differ, and a saved model can hold only one set.
     """
-    layers = tf_keras.layers
-    return tf_keras.Sequential(
+    layers = tf.keras.layers
+    return tf.keras.Sequential(
         [
             layers.Input([8, 8, 1]),
             layers.Conv2D(16, 3, padding="same", use_bias=False),
@@ -172,7 +174,7 @@ def make_model() -> tf_keras.Model:
     )
 
 
-def make_optimizer(scheme: str, steps_per_epoch: int) -> tf_keras.optimizers.Optimizer:
+def make_optimizer(scheme: str, steps_per_epoch: int) -> tf.keras.optimizers.Optimizer:
     """The optimizer, wrapped if `scheme` is one of `AVERAGES`."""
     if scheme == "SWA":
         start = int(FLAGS.swa_start * FLAGS.epochs) * steps_per_epoch
@@ -197,23 +199,23 @@ def make_optimizer(scheme: str, steps_per_epoch: int) -> tf_keras.optimizers.Opt
     return optimizer
 
 
-def _inner_optimizer(learning_rate) -> tf_keras.optimizers.Optimizer:
-    optimizer_class = type(tf_keras.optimizers.get(FLAGS.optimizer))
+def _inner_optimizer(learning_rate) -> tf.keras.optimizers.Optimizer:
+    optimizer_class = type(tf.keras.optimizers.get(FLAGS.optimizer))
     return optimizer_class(learning_rate=learning_rate)
 
 
-def evaluate(model: tf_keras.Model, data: Images) -> Metrics:
+def evaluate(model: tf.keras.Model, data: Images) -> Metrics:
     """Loss and accuracy of what the model holds now."""
     return model.evaluate(*data, batch_size=EVALUATION_BATCH, verbose=0, return_dict=True)
 
 
-def evaluate_average(model: tf_keras.Model, data: Images) -> Metrics:
+def evaluate_average(model: tf.keras.Model, data: Images) -> Metrics:
     """Loss and accuracy of the averages, which are in the model for as long as this takes."""
     with model.optimizer.swapped_weights():
         return evaluate(model, data)
 
 
-class EvaluateRaw(tf_keras.callbacks.Callback):
+class EvaluateRaw(tf.keras.callbacks.Callback):
     """After every epoch, shows results of the raw weights beside `val_loss` and `val_accuracy`."""
 
     def __init__(self, data: Images):
@@ -236,7 +238,7 @@ def training_batches(images: Images) -> tf.data.Dataset:
 
 def train(scheme: str, seed: int, data: Data, strategy: tf.distribute.Strategy) -> Run:
     """Trains a new model, measuring the raw weights and, if `scheme` has one, their average."""
-    tf_keras.utils.set_random_seed(seed)
+    tf.keras.utils.set_random_seed(seed)
     batches = training_batches(data.train)
     with strategy.scope():
         model = make_model()
@@ -348,12 +350,12 @@ def predictions_path() -> pathlib.Path:
     return pathlib.Path(FLAGS.output_dir, "averaged_predictions.npy")
 
 
-def predict(model: tf_keras.Model, images: np.ndarray) -> np.ndarray:
+def predict(model: tf.keras.Model, images: np.ndarray) -> np.ndarray:
     """Probabilities of the digits, float32 [n, 10]."""
     return model.predict(images, batch_size=EVALUATION_BATCH, verbose=0)
 
 
-def save_average(model: tf_keras.Model, images: np.ndarray) -> None:
+def save_average(model: tf.keras.Model, images: np.ndarray) -> None:
     """Saves the model with the averages in it, ready to be used, and what it predicts."""
     with model.optimizer.swapped_weights():
         model.save(model_path())
@@ -366,7 +368,7 @@ def check_saved(images: np.ndarray) -> int:
     Returns:
       0 if they agree within `TOLERANCE`, otherwise 1: the exit status.
     """
-    model = tf_keras.models.load_model(model_path())  # Importing tf_averaging has made it known to Keras.
+    model = tf.keras.models.load_model(model_path())  # Importing tf_averaging has made it known to Keras.
     difference = np.abs(predict(model, images) - np.load(predictions_path())).max()
     if not difference <= TOLERANCE:  # A NaN is no agreement either.
         logging.error("%s predicts something else: it differs by %g.", model_path(), difference)
