@@ -18,6 +18,8 @@
 Started without `TF_CONFIG`, this program starts itself once for each worker, as a cluster manager would,
 and gives each the addresses of all. The workers train one model together; then each evaluates it with the
 last weights, and with the averages swapped in.
+
+It uses tf_keras (Keras 2): `fit` of Keras 3 does not work under MultiWorkerMirroredStrategy.
 """
 
 import contextlib

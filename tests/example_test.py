@@ -13,12 +13,14 @@
 # limitations under the License.
 """The example, run as a user runs it: in its own process, with as little training as it takes."""
 
+import os
 import pathlib
 import re
 import shutil
 import subprocess
 import sys
 
+import keras as keras_3
 import numpy as np
 import pytest
 import tf_keras
@@ -31,16 +33,25 @@ SCRIPT = pathlib.Path(__file__).parent.parent / "examples" / "digits.py"
 RESULT = r"\d\.\d{4} ± \d\.\d{4}"
 
 
-def run(*flags):
+def run(*flags, keras=keras_3):
+    """Runs it with `tf.keras` being `keras`."""
     command = [sys.executable, str(SCRIPT), *flags]
-    return subprocess.run(command, capture_output=True, encoding="utf-8", timeout=300)
+    environment = {**os.environ, "TF_USE_LEGACY_KERAS": str(int(keras is tf_keras))}
+    return subprocess.run(command, capture_output=True, encoding="utf-8", timeout=300, env=environment)
+
+
+@pytest.fixture(scope="module", params=[keras_3, tf_keras], ids=lambda keras: keras.__name__)
+def library(request):
+    """What `tf.keras` is in the example."""
+    return request.param
 
 
 @pytest.fixture(scope="module")
-def example(tmp_path_factory):
+def example(library, tmp_path_factory):
     """The finished process and the directory of what it wrote."""
     output_dir = tmp_path_factory.mktemp("output")
-    process = run("--epochs=2", "--seeds=1", "--batch_size=64", f"--output_dir={output_dir}")
+    flags = ("--epochs=2", "--seeds=1", "--batch_size=64", f"--output_dir={output_dir}")
+    process = run(*flags, keras=library)
     assert process.returncode == 0, process.stderr
     return process, output_dir
 
@@ -65,7 +76,7 @@ def test_prints_raw_against_averaged(example):
 
 def test_shows_the_progress_bar_with_both_accuracies(example):
     process, _ = example
-    assert re.search(r"=\].* val_accuracy: .* raw_val_accuracy: ", process.stdout)
+    assert re.search(r"[=━].* val_accuracy: .* raw_val_accuracy: ", process.stdout)
 
 
 def test_draws_the_curves(example):
@@ -73,9 +84,9 @@ def test_draws_the_curves(example):
     assert (output_dir / "validation_accuracy.png").read_bytes().startswith(b"\x89PNG\r\n")
 
 
-def test_saves_a_model_that_loads(example):
+def test_saves_a_model_that_loads(library, example):
     _, output_dir = example
-    model = tf_keras.models.load_model(output_dir / "averaged.keras")
+    model = library.models.load_model(output_dir / "averaged.keras")
     assert model.predict(np.zeros([1, 8, 8, 1]), verbose=0).shape == (1, 10)
 
 
@@ -84,12 +95,12 @@ def test_checks_the_saved_model_in_a_new_process(example):
     assert f"{output_dir / 'averaged.keras'}, loaded in a new process, predicts" in process.stderr
 
 
-def test_a_model_that_predicts_something_else_fails_the_check(example, tmp_path):
+def test_a_model_that_predicts_something_else_fails_the_check(library, example, tmp_path):
     _, output_dir = example
     shutil.copytree(output_dir, tmp_path, dirs_exist_ok=True)
     predictions = np.load(tmp_path / "averaged_predictions.npy")
     np.save(tmp_path / "averaged_predictions.npy", predictions + 1e-3)
-    process = run("--check_only", f"--output_dir={tmp_path}")
+    process = run("--check_only", f"--output_dir={tmp_path}", keras=library)
     assert process.returncode == 1
     assert "predicts something else" in process.stderr
 
