@@ -137,10 +137,13 @@ class _Sums:
         moving_mean = kerases.tf_variable(layer.moving_mean)
         self._shape = moving_mean.shape
         tracked = tf.cast(tf.convert_to_tensor(moving_mean), tf.float64)
+        # All workers must take the same. With Keras 3 each reads what it has tracked itself.
+        tracked = tf.convert_to_tensor(_aggregated(tracked, tf.VariableAggregation.MEAN))
         self._origin = tf.where(tf.math.is_finite(tracked), tracked, tf.zeros_like(tracked))
-        self._count = _sum_variable([])
-        self._values = _sum_variable(self._shape)
-        self._squares = _sum_variable(self._shape)
+        self._count, self._values, self._squares = (
+            _aggregated(tf.zeros(shape, tf.float64), tf.VariableAggregation.SUM)
+            for shape in ([], self._shape, self._shape)
+        )
 
     @contextlib.contextmanager
     def recording(self) -> Iterator[None]:
@@ -257,12 +260,13 @@ def _traced_anew(layer) -> contextlib.AbstractContextManager:
     return contextlib.nullcontext()
 
 
-def _sum_variable(shape) -> tf.Variable:
+def _aggregated(value: tf.Tensor, aggregation: tf.VariableAggregation) -> tf.Variable:
+    """A variable of which each replica has its own, and whose reader gets the sum or mean of all."""
     return tf.Variable(
-        tf.zeros(shape, tf.float64),
+        value,
         trainable=False,
         synchronization=tf.VariableSynchronization.ON_READ,
-        aggregation=tf.VariableAggregation.SUM,
+        aggregation=aggregation,
     )
 
 

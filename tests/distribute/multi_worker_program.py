@@ -21,7 +21,6 @@ import traceback
 import checks
 import numpy as np
 import tensorflow as tf
-import tf_keras
 
 import tf_averaging as tfav
 from tests import numpy_averages
@@ -44,7 +43,7 @@ def new_training(strategy):
     model, optimizer, _ = checks.compiled(
         strategy,
         lambda: checks.ema(trainable_weights_only=False),
-        tf_keras.layers.BatchNormalization,
+        checks.KERAS.layers.BatchNormalization,
     )
     optimizer.shadow_copy(model)
     return model, optimizer, tf.train.Checkpoint(model=model, optimizer=optimizer)
@@ -66,12 +65,11 @@ def save(strategy, directory):
 
 def values_by_name(strategy, model, optimizer):
     """What a reader sees, weights and averages; on-read variables aggregated."""
-    with strategy.scope():
-        values = {"num_averaged": optimizer.num_averaged, "iterations": optimizer.iterations.numpy()}
-        for index, variable in enumerate(model.variables):
-            values[f"weights{index}"] = variable.read_value().numpy()
-            values[f"average{index}"] = optimizer.get_slot(variable, "average").read_value().numpy()
-        return {name: np.asarray(value) for name, value in values.items()}
+    values = {"num_averaged": optimizer.num_averaged, "iterations": optimizer.iterations.numpy()}
+    for index, variable in enumerate(model.variables):
+        values[f"weights{index}"] = checks.as_read(strategy, variable)
+        values[f"average{index}"] = checks.as_read(strategy, optimizer.get_slot(variable, "average"))
+    return {name: np.asarray(value) for name, value in values.items()}
 
 
 def restore(strategy, directory):
@@ -118,7 +116,7 @@ def swap_alone(strategy, then="exit"):
 
 def validation_in_fit_sees_the_averages(strategy):
     """After each epoch, as with a manual swap; training goes on as if nothing had been."""
-    layers = (None, tf_keras.layers.BatchNormalization)  # Statistics differ between the workers.
+    layers = (None, checks.KERAS.layers.BatchNormalization)  # Statistics differ between the workers.
     for layer, of_all in zip(layers, (False, True)):
         swap_on_epoch = of_all
 
@@ -166,7 +164,7 @@ def validation_in_fit_sees_the_averages(strategy):
 
 def update_batch_norm_is_of_all_data(strategy):
     """The mean and the variance of what all workers get, for the weights and for the averages."""
-    model, optimizer, _ = checks.compiled(strategy, checks.ema, tf_keras.layers.BatchNormalization)
+    model, optimizer, _ = checks.compiled(strategy, checks.ema, checks.KERAS.layers.BatchNormalization)
     checks.train(model, strategy)
     dense, layer, _ = model.layers
     statistics = [layer.moving_mean, layer.moving_variance]
@@ -198,8 +196,8 @@ def averaging_does_not_communicate(strategy):
     with strategy.scope():
         variables = [tf.Variable(tf.ones([40, 1000])), tf.Variable(tf.ones([5], tf.float16))]
         optimizers = [
-            tfav.SWA(tf_keras.optimizers.SGD(), 1, 2),
-            tfav.ExponentialMovingAverage(tf_keras.optimizers.SGD(), average_period=2),
+            tfav.SWA(checks.KERAS.optimizers.SGD(), 1, 2),
+            tfav.ExponentialMovingAverage(checks.KERAS.optimizers.SGD(), average_period=2),
         ]
 
     def step(optimizer, skip):
@@ -220,17 +218,25 @@ def averaging_does_not_communicate(strategy):
         assert not collectives(lambda: optimizer.assign_average_vars(variables))  # noqa: B023
 
 
-CHECKS = [
-    *checks.SYNCHRONOUS,
-    *checks.REPLICATED,
-    validation_in_fit_sees_the_averages,
-    update_batch_norm_is_of_all_data,
-    averaging_does_not_communicate,
-]
+CHECKS = {
+    "tf_keras": [
+        *checks.known_to("tf_keras", checks.SYNCHRONOUS),
+        *checks.REPLICATED,
+        validation_in_fit_sees_the_averages,
+        update_batch_norm_is_of_all_data,
+        averaging_does_not_communicate,
+    ],
+    "keras": [
+        *checks.FEW,
+        checks.synchronized_batch_norm_is_averaged,
+        checks.keras_accumulates_gradients,
+        update_batch_norm_is_of_all_data,
+    ],
+}
 
 
 def all_checks(strategy):
-    checks.run(CHECKS, strategy, keep_going=False)
+    checks.run(CHECKS[checks.KERAS.__name__], strategy, keep_going=False)
 
 
 def main(*commands):

@@ -45,7 +45,7 @@ class Child:
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
         environment.update(TF_CPP_MIN_LOG_LEVEL="2", CUDA_VISIBLE_DEVICES="-1", GRPC_VERBOSITY="NONE")
         environment.update(TF_GRPC_REUSE_PORT="1")  # Its port is held for it, see `cluster_variables`.
-        environment.update(TF_USE_LEGACY_KERAS="1")  # Keras 3 is not imported too, which takes a second.
+        environment.update(keras_variables("tf_keras"))
         with log.open("ab") as output:
             self._process = subprocess.Popen(
                 [sys.executable, str(HERE / "processes.py"), str(HERE / program), *map(str, arguments)],
@@ -173,6 +173,14 @@ class Children(contextlib.AbstractContextManager):
         for child in self._children:
             child.kill()
         self._ports.close()
+
+
+def keras_variables(keras: str) -> Dict[str, str]:
+    """Environment variables for a program that checks this Keras, and what `tf.keras` is in it.
+
+    tf_keras is so for a program that is not told. Keras 3 is not imported then, which takes a second.
+    """
+    return {"CHECKED_KERAS": keras, "TF_USE_LEGACY_KERAS": str(int(keras == "tf_keras"))}
 
 
 def wait_until(

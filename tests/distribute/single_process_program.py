@@ -40,21 +40,29 @@ KINDS = {
 }
 
 
-def checks_of(kind):
-    if kind.startswith("mirrored_on_four"):
+# Where a Keras is checked.
+KINDS_OF = {"tf_keras": list(KINDS), "keras": ["mirrored", "mirrored_without_merge_call", "one_device"]}
+
+
+def checks_of(kind, keras):
+    if kind.startswith("mirrored_on_four") or (keras == "keras" and kind != "mirrored"):
         return checks.ONE_OF_EACH_KIND
     if kind == "one_device":
         return checks.FEW
     if kind == "central_storage":
-        return [*checks.SYNCHRONOUS, checks.loss_scaling_is_refused_as_by_tf_keras]
-    return checks.SYNCHRONOUS + checks.REPLICATED
+        return [
+            *checks.known_to(keras, checks.SYNCHRONOUS),
+            checks.loss_scaling_is_refused_as_by_tf_keras,
+        ]
+    return checks.known_to(keras, checks.SYNCHRONOUS + checks.REPLICATED)
 
 
 def main(kind):
     tf.config.set_logical_device_configuration(
         tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * CPUS
     )
-    return 0 if checks.run(checks_of(kind), KINDS[kind](), keep_going=True) else 1
+    chosen = checks_of(kind, checks.KERAS.__name__)
+    return 0 if checks.run(chosen, KINDS[kind](), keep_going=True) else 1
 
 
 if __name__ == "__main__":

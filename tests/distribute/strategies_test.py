@@ -26,22 +26,32 @@ SECONDS = 400
 pytestmark = pytest.mark.slow
 
 
+CASES = [(keras, kind) for keras, kinds in program.KINDS_OF.items() for kind in kinds]
+
+
 @pytest.fixture(scope="module")
 def children(tmp_path_factory):
     """All at once: starting TensorFlow is most of the time."""
     with processes.Children(tmp_path_factory.mktemp("strategies")) as children:
-        yield (
-            {kind: children.start(kind, "single_process_program.py", kind) for kind in program.KINDS},
-            children,
-        )
+        by_case = {
+            (keras, kind): children.start(
+                f"{keras}-{kind}",
+                "single_process_program.py",
+                kind,
+                variables=processes.keras_variables(keras),
+            )
+            for keras, kind in CASES
+        }
+        yield by_case, children
 
 
 @pytest.mark.parametrize(
-    ("kind", "check"),
-    [(kind, check.__name__) for kind in program.KINDS for check in program.checks_of(kind)],
+    ("keras", "kind", "check"),
+    [(*case, check.__name__) for case in CASES for check in program.checks_of(*case[::-1])],
 )
-def test_strategy(children, kind, check):
-    by_kind, group = children
-    group.wait_for_end([by_kind[kind]], SECONDS)
-    passed = f"[passed] {check}\n" in by_kind[kind].output
-    assert passed, by_kind[kind].part(f"[running] {check}\n", "[running]")
+def test_strategy(children, keras, kind, check):
+    by_case, group = children
+    child = by_case[keras, kind]
+    group.wait_for_end([child], SECONDS)
+    passed = f"[passed] {check}\n" in child.output
+    assert passed, child.part(f"[running] {check}\n", "[running]")
