@@ -697,3 +697,68 @@ def test_list_after_a_model():
     optimizer.shadow_copy(model)
     with pytest.raises(ValueError, match="a model is followed already"):
         optimizer.shadow_copy([model.weight])
+
+
+# By either Keras.
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "match"),
+    [
+        (lambda o: o.shadow_copy([1]), ValueError, "floating-point or complex variables"),
+        (lambda o: o.shadow_copy("x"), (TypeError, ValueError), "Expected"),
+        (lambda o: o.shadow_copy(tf.Variable([1.0])), TypeError, "a model or a list of variables"),
+        (lambda o: o.reset_averages(tf.Variable([1.0])), TypeError, "a list of variables"),
+        (lambda o: setattr(o, "jit_compile", "banana"), ValueError, "banana"),
+        (lambda o: setattr(o, "use_ema", True), ValueError, "use_ema=False"),
+        (lambda o: o.no_such_setting, AttributeError, "no_such_setting"),
+    ],
+)
+def test_wrong_call_says_what_is_right(keras, call, error, match):
+    optimizer = SWA(keras.optimizers.SGD(1.0), 0, 1)
+    with pytest.raises(error, match=match):
+        call(optimizer)
+    assert not optimizer.has_shadow_copy
+    assert optimizer.jit_compile == "auto"
+
+
+def test_attribute_set_too_early(keras):
+    class Early(tfav.AveragedOptimizerWrapper):
+        def __init__(self, optimizer):
+            self.eta = 1.0
+            super().__init__(optimizer)
+
+        def averaging_weight(self, steps, updates):
+            return self.eta
+
+    with pytest.raises((AttributeError, RuntimeError), match=r"super\(\).__init__"):
+        Early(keras.optimizers.SGD(1.0))
+
+
+@pytest.mark.parametrize("weight", [3, -0.5, np.nan])
+@pytest.mark.parametrize("as_function", [False, True])
+def test_scheme_whose_first_weight_is_none(weight, as_function):
+    optimizer = user_scheme(lambda *clock: weight)(CURRENT.SGD(1.0))
+    variable = tf.Variable(1.0)
+
+    def step():
+        optimizer.apply_gradients([(tf.constant(1.0), variable)])
+
+    with pytest.raises(ValueError, match="weights from 0 to 1"):
+        (tf.function(step) if as_function else step)()
+    assert variable.numpy() == 1.0
+
+
+@pytest.mark.parametrize("as_function", [False, True])
+def test_scheme_may_return_an_integer(as_function):
+    optimizer = user_scheme(lambda steps, updates: tf.where(updates < 1, 1, 0))(CURRENT.SGD(1.0))
+    variable = tf.Variable(1.0)
+
+    def step():
+        optimizer.apply_gradients([(tf.constant(1.0), variable)])
+
+    step = tf.function(step) if as_function else step
+    step()
+    step()
+    assert optimizer.get_average(variable) == 0.0
+    assert variable.numpy() == -1.0

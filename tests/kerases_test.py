@@ -136,3 +136,24 @@ def test_averaging_optimizer_is_found(keras, loss_scaling):
     for thing in (None, keras.optimizers.SGD(), testing_utils.new_model(keras=keras)):
         with pytest.raises(ValueError, match="keeps no averages"):
             tfav.averaging_optimizer(thing)
+
+
+LAYER_OF_THE_SAME_NAME = """
+import sys
+import keras
+import tf_averaging as tfav
+
+class SWA(keras.layers.Layer):
+    def call(self, inputs):
+        return inputs
+
+model = keras.Sequential([keras.Input([4]), SWA(), keras.layers.Dense(1)])
+model.save(sys.argv[1])
+loaded = keras.models.load_model(sys.argv[1], custom_objects={"SWA": SWA})
+assert type(loaded.layers[0]) is SWA
+"""
+
+
+def test_classes_of_others_may_have_our_names(tmp_path):
+    code = [sys.executable, "-c", LAYER_OF_THE_SAME_NAME, str(tmp_path / "model.keras")]
+    subprocess.run(code, check=True, timeout=300)

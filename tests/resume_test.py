@@ -434,6 +434,24 @@ class TestWarnings:
         with pytest.warns(UserWarning, match="Statistics that were recomputed.*save inside"):
             KerasFile.save(model, str(tmp_path))
 
+    def test_statistics_go_stale_with_the_next_update(self):
+        model = testing_utils.new_model(tfav.SWA(CURRENT.SGD(0.1), 0, 1), batch_norm=True)
+        fit_steps(model, 3)
+        with model.optimizer.swapped_weights():
+            tfav.update_batch_norm(model, testing_utils.X, verbose=0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            with model.optimizer.swapped_weights():
+                pass
+        fit_steps(model, 1)
+        with pytest.warns(UserWarning, match="averages with 3 updates, and the averages hold 4"):
+            model.optimizer.swap_weights()
+        tfav.update_batch_norm(model, testing_utils.X, verbose=0)
+        model.optimizer.swap_weights()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            model.optimizer.swap_weights()
+
     @pytest.mark.parametrize("form", [Checkpoint, KerasFile, H5File, Weights, Arrays])
     def test_there_is_none_where_nothing_is_lost(self, tmp_path, form):
         model = new_model()

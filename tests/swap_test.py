@@ -254,6 +254,17 @@ class TestSwappedWeights:
         assert bits(variables) == before
         assert not optimizer.weights_swapped
 
+    def test_one_block_is_entered_once(self):
+        optimizer, variables = trained(tf.distribute.get_strategy())
+        before = bits(variables)
+        block = optimizer.swapped_weights()
+        with block, pytest.raises(RuntimeError, match="open already"), block:
+            pass
+        assert bits(variables) == before
+        with block:
+            assert bits(variables) != before
+        assert bits(variables) == before
+
     def test_reset_is_refused_in_a_block(self):
         optimizer, _ = trained(tf.distribute.get_strategy())
         with optimizer.swapped_weights():
@@ -320,6 +331,26 @@ class TestTwoOptimizersOverOneVariable:
         swap()
         swap()
         assert bits(variables) == before
+
+    @pytest.mark.parametrize("as_function", [False, True])
+    def test_no_step_takes_averages_for_weights(self, as_function):
+        variable = tf.Variable([1.0, 2.0])
+        first, second = tfav.SWA(CURRENT.SGD(0.5), 0, 1), tfav.SWA(CURRENT.SGD(0.5), 0, 1)
+        descend(first, [variable], steps=2)
+        first.swap_weights()
+        before = bits([variable])
+
+        def step():
+            second.apply_gradients([(tf.ones([2]), variable)])
+
+        step = tf.function(step) if as_function else step
+        with pytest.raises(tf.errors.InvalidArgumentError, match="assign_average_vars"):
+            step()
+        assert bits([variable]) == before
+        first.swap_weights()
+        first.assign_average_vars([variable])
+        assert bits([variable]) == before
+        step()
 
     def test_one_that_is_gone_hinders_nobody(self):
         variables = [tf.Variable([1.0, 2.0])]
@@ -501,3 +532,11 @@ def test_where_tensorflow_compiles_parts_of_graphs_by_itself():
         check=True,
     )
     assert done.stdout.splitlines() == ["3.0 2.5 2.5 True 2.0"] * 2
+
+
+def test_swap_is_refused_where_xla_compiles():
+    optimizer, variables = trained(tf.distribute.get_strategy())
+    before = bits(variables)
+    with pytest.raises(RuntimeError, match="XLA cannot compile `swap_weights`"):
+        tf.function(optimizer.swap_weights, jit_compile=True)()
+    assert bits(variables) == before

@@ -142,7 +142,7 @@ class _Sums:
         self._origin = tf.where(tf.math.is_finite(tracked), tracked, tf.zeros_like(tracked))
         self._count, self._values, self._squares = (
             _aggregated(tf.zeros(shape, tf.float64), tf.VariableAggregation.SUM)
-            for shape in ([], self._shape, self._shape)
+            for shape in (tf.TensorShape([]), self._shape, self._shape)
         )
 
     @contextlib.contextmanager

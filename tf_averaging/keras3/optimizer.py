@@ -278,7 +278,8 @@ class Keras3Face(keras.optimizers.Optimizer):
         for variable in variables:
             if not getattr(variable, "overwrite_with_gradient", False):
                 chosen += self._tf_variables([variable])
-                self._paths[chosen[-1]] = getattr(variable, "path", None) or self._variable_name(variable)
+                if hasattr(variable, "path"):
+                    self._paths[chosen[-1]] = variable.path
         return chosen
 
     @staticmethod
@@ -291,7 +292,7 @@ class Keras3Face(keras.optimizers.Optimizer):
         return self._may_be_averaged(kerases.checked_list(keras, variables, expected))
 
     def _variable_name(self, variable: tf.Variable) -> str:
-        return self._paths.get(variable) or str(getattr(variable, "name", variable))
+        return self._paths.get(variable, variable.name)
 
     def _steps_variable(self) -> tf.Variable:
         return kerases.tf_variable(self._iterations)
