@@ -34,6 +34,8 @@ from tf_averaging import kerases
 # What a wrapper's constructor passes on. One home for each: the inner optimizer.
 CLIPPING = ("clipnorm", "clipvalue", "global_clipnorm")
 SETTINGS = CLIPPING + ("learning_rate", "decay")
+# What older releases lack, an optimizer's `_iterations` for example, is needed.
+OLDEST_KERAS_3 = (3, 8)
 # The schemes of this package.
 _SCHEMES: List[type] = []
 
@@ -80,6 +82,12 @@ def _face(keras_name: str) -> Any:
         raise RuntimeError(
             "Weights of Keras 3 are averaged on its TensorFlow backend only. Expected the environment "
             f"variable KERAS_BACKEND=tensorflow when Keras is imported. Received: {backend!r}"
+        )
+    release = tuple(map(int, face.keras.__version__.split(".")[:2]))
+    if release < OLDEST_KERAS_3:
+        raise RuntimeError(
+            f"Expected Keras {'.'.join(map(str, OLDEST_KERAS_3))} or later. Received: "
+            f"{face.keras.__version__}. `pip install --upgrade keras` gets one that fits TensorFlow."
         )
     if face.keras not in kerases.available():  # TF_USE_LEGACY_KERAS=1: not imported before.
         for scheme in _SCHEMES:

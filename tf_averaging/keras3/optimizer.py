@@ -325,8 +325,9 @@ class Keras3Face(keras.optimizers.Optimizer):
             return self._inner_optimizer
         warnings.warn(
             "The checkpoint was written with an optimizer of tf_keras, whose state "
-            f"{self._inner_optimizer} cannot take: that starts anew. The weights, the number of steps "
-            "and any averages are restored. To restore everything, use that optimizer of tf_keras.",
+            f"{self._inner_optimizer} cannot take: that starts anew. The number of steps is restored; so "
+            "are weights and averages of variables that both have, as models of two Kerases do not. To "
+            "restore everything, use that optimizer and a model of tf_keras.",
             stacklevel=3,
         )
         return WithoutState(self._steps_variable())
