@@ -26,9 +26,11 @@ from tf_averaging.core import exchange
 from tf_averaging.core import fold
 from tf_averaging.core import variables as core_variables
 from tf_averaging.core.fold import Pair
+from tf_averaging.core.status import ALL
 from tf_averaging.core.status import NOT_SET
 from tf_averaging.core.status import Clock
 from tf_averaging.core.status import Status
+from tf_averaging.core.status import check_others
 from tf_averaging.core.status import check_program_order
 from tf_averaging.core.swapped_contexts import SwappedContext
 from tf_averaging.core.swapped_contexts import SwappedContexts
@@ -100,7 +102,7 @@ class Averages:
     def __post_init__(self):
         self.average_dtype = _checked_average_dtype(self.average_dtype)
         self.jit_compile = checked_jit_compile(self.jit_compile)
-        exchange.ALL.add(self)
+        ALL.add(self)
         self.contexts = SwappedContexts(lambda: bool(self.is_swapped()), lambda: self.once(self.swap))
 
     def __len__(self) -> int:
@@ -293,7 +295,7 @@ class Averages:
 
     def swap(self) -> None:
         """Exchanges weights and averages. Ctrl-C finds either all variables exchanged or none."""
-        refreshed = [*exchange.check_others(self), *self.refresh()]
+        refreshed = [*check_others(self), *self.refresh()]
         exchange.warn_if_stale(self)
         self.left = None
         if tf.executing_eagerly() and not core_variables.in_replica_context():

@@ -16,11 +16,9 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import threading
 import warnings
-import weakref
-from typing import TYPE_CHECKING, Callable, Iterable, Iterator, List, Tuple
+from typing import TYPE_CHECKING, Callable, Iterable, List, Tuple
 
 import tensorflow as tf
 
@@ -32,13 +30,6 @@ from tf_averaging.core.variables import read
 
 if TYPE_CHECKING:
     from tf_averaging.core.averages import Averages
-
-
-SWAPPED_BY_ANOTHER_ERROR = (
-    "The averages of another averaging optimizer are in variables that this one averages too: it would "
-    "take them for weights, and swaps that interleave bring back the wrong ones. Call `swap_weights()` "
-    "of that one first. To go on from its averages, call its `assign_average_vars(model.variables)` then."
-)
 
 
 def exchange(pairs: Iterable[Tuple[Component, Component]]) -> None:
@@ -96,22 +87,6 @@ def uncompiled():
     return tf.xla.experimental.jit_scope(compile_ops=False)
 
 
-# Two sets of averages of one variable. All of them, as long as they exist:
-
-ALL: weakref.WeakSet[Averages] = weakref.WeakSet()
-
-
-def check_others(averages: Averages) -> list:
-    """Fails if other averages are in the variables of these; in graphs the operations that do so."""
-    if not tf.executing_eagerly():
-        return [o.status.check_not_swapped(SWAPPED_BY_ANOTHER_ERROR) for o in _others(averages)]
-    if any(other.is_swapped() for other in _others(averages)):
-        gc.collect()  # One that nobody can reach will not swap back. This takes time, but then only.
-        for other in _others(averages):
-            other.status.check_not_swapped(SWAPPED_BY_ANOTHER_ERROR)
-    return []
-
-
 def warn_if_stale(averages: Averages) -> None:
     """Warns if values that are exchanged with the averages were made for others (eager mode)."""
     if not tf.executing_eagerly() or len(averages.slots) == len(averages.averaged()):
@@ -124,13 +99,6 @@ def warn_if_stale(averages: Averages) -> None:
             "`update_batch_norm` again while they are in the model.",
             stacklevel=6,
         )
-
-
-def _others(averages: Averages) -> Iterator[Averages]:
-    """Those that average some of the variables too."""
-    for other in list(ALL):
-        if other is not averages and any(variable in other.slots for variable in averages.slots):
-            yield other
 
 
 def finish(work: Callable[[], None]) -> None:

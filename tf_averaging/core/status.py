@@ -19,14 +19,19 @@ that every replica counts for itself and nothing is communicated.
 
 from __future__ import annotations
 
+import gc
 import operator
-from typing import Iterable, List, NamedTuple, Optional, Tuple, Union
+import weakref
+from typing import TYPE_CHECKING, Iterable, Iterator, List, NamedTuple, Optional, Tuple, Union
 
 import numpy as np
 import tensorflow as tf
 
 from tf_averaging.core import variables as core_variables
 from tf_averaging.core.variables import VariableMap
+
+if TYPE_CHECKING:
+    from tf_averaging.core.averages import Averages
 
 # A step or a count that is not known yet.
 NOT_SET = -1
@@ -37,6 +42,12 @@ SWAPPED_ERROR = (
     "The averages are in the model and the weights in the slots (`weights_swapped` is True), so a step "
     "now would train the averages. Call `swap_weights()` first, or evaluate inside "
     "`with optimizer.swapped_weights():`."
+)
+
+SWAPPED_BY_ANOTHER_ERROR = (
+    "The averages of another averaging optimizer are in variables that this one averages too: it would "
+    "take them for weights, and swaps that interleave bring back the wrong ones. Call `swap_weights()` "
+    "of that one first. To go on from its averages, call its `assign_average_vars(model.variables)` then."
 )
 
 
@@ -339,3 +350,26 @@ class Status:
 
 def _guard_value(swapped: tf.Tensor) -> tf.Tensor:
     return tf.fill([tf.cast(swapped, tf.int32)], True)
+
+
+# Two sets of averages of one variable. All of them, as long as they exist:
+
+ALL: weakref.WeakSet[Averages] = weakref.WeakSet()
+
+
+def check_others(averages: Averages) -> list:
+    """Fails if other averages are in the variables of these; in graphs the operations that do so."""
+    if not tf.executing_eagerly():
+        return [o.status.check_not_swapped(SWAPPED_BY_ANOTHER_ERROR) for o in _others(averages)]
+    if any(other.is_swapped() for other in _others(averages)):
+        gc.collect()  # One that nobody can reach will not swap back. This takes time, but then only.
+        for other in _others(averages):
+            other.status.check_not_swapped(SWAPPED_BY_ANOTHER_ERROR)
+    return []
+
+
+def _others(averages: Averages) -> Iterator[Averages]:
+    """Those that average some of the variables too."""
+    for other in list(ALL):
+        if other is not averages and any(variable in other.slots for variable in averages.slots):
+            yield other

@@ -22,13 +22,13 @@ from typing import Any, Callable, List, Optional, Sequence, Union
 
 import tensorflow as tf
 
-from tf_averaging.core import exchange
 from tf_averaging.core import fold
 from tf_averaging.core import variables as core_variables
 from tf_averaging.core.averages import Averages
 from tf_averaging.core.averages import for_each_pair
 from tf_averaging.core.status import NEVER
 from tf_averaging.core.status import NOT_SET
+from tf_averaging.core.status import check_others
 from tf_averaging.core.status import check_program_order
 from tf_averaging.core.variables import VariableSelection
 from tf_averaging.core.variables import after
@@ -87,7 +87,7 @@ class Updates:
         with tf.init_scope():
             self.selection.train(variables)
             if self.averages.create(self.selection) or is_traced:
-                exchange.check_others(self.averages)
+                check_others(self.averages)
         if not self.averages:
             return take_step(gradients)
         step = steps_taken()
