@@ -11,11 +11,12 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Runs the test suite on the oldest and the newest supported releases, and the wheel on its own.
+"""Runs the test suite on the oldest and the newest supported releases, the wheel on its own, and clients.
 
     nox                       # everything
     nox -s tests -- -x tests/swap_test.py
     nox -s wheel
+    nox -s "clients(client='transformers')"
 
 Each session has a virtual environment of its own, in `.nox`. The Python versions must be installed.
 """
@@ -28,6 +29,11 @@ import nox
 RELEASES = [("3.9", "2.16"), ("3.11", "2.21"), ("3.13", "2.21")]
 # As `make test` does.
 TWO_PROCESSES = ["--numprocesses=2", "--dist=loadfile", "--no-loadscope-reorder"]
+# Libraries that the package is tried with: docs/compatibility.md has the results.
+CLIENTS = {
+    "transformers": ("transformers_bert", "2.21", ["transformers==4.57.*"]),
+}
+WITH_KERAS_3 = ()
 
 
 @nox.session
@@ -52,3 +58,14 @@ def wheel(session: nox.Session) -> None:
     (directory / "readme.py").write_text(readme, encoding="utf-8")
     session.chdir(directory)
     session.run("python", "readme.py")
+
+
+@nox.session(python="3.11")
+@nox.parametrize("client", list(CLIENTS))
+def clients(session: nox.Session, client: str) -> None:
+    """A script of tests/clients with the library that it is for."""
+    script, tensorflow, packages = CLIENTS[client]
+    releases = [f"{package}=={tensorflow}.*" for package in ("tensorflow", "tf-keras")]
+    session.install("--editable", ".", *releases, *packages)
+    legacy = "0" if client in WITH_KERAS_3 else "1"
+    session.run("python", "-m", f"tests.clients.{script}", env={"TF_USE_LEGACY_KERAS": legacy})
