@@ -32,6 +32,8 @@ TWO_PROCESSES = ["--numprocesses=2", "--dist=loadfile", "--no-loadscope-reorder"
 # Libraries that the package is tried with: docs/compatibility.md has the results.
 CLIENTS = {
     "transformers": ("transformers_bert", "2.21", ["transformers==4.57.*"]),
+    "recommenders": ("recommenders_retrieval", "2.21", ["tensorflow-recommenders==0.7.*"]),
+    "probability": ("probability_layers", "2.21", ["tensorflow-probability==0.25.*"]),
 }
 WITH_KERAS_3 = ()
 

@@ -57,12 +57,12 @@ class Record:
         assert len(self.steps) > 4
         assert int(optimizer.num_averaged) == len(numpy_averages.due_steps(scheme, len(self.steps) - 1))
         assert_close([optimizer.get_average(variable) for variable in self.variables], expected)
-        raw = evaluate()
+        weights, raw = [variable.numpy() for variable in self.variables], evaluate()
         with optimizer.swapped_weights():
             assert_close([variable.numpy() for variable in self.variables], expected)
             averaged = evaluate()
-        for variable, last in zip(self.variables, self.steps[-1]):
-            np.testing.assert_array_equal(variable.numpy(), last, err_msg=variable.name)
+        for variable, before in zip(self.variables, weights):
+            np.testing.assert_array_equal(variable.numpy(), before, err_msg=variable.name)
         assert not np.allclose(raw, averaged), "The averages change nothing: this shows nothing."
         np.testing.assert_array_equal(evaluate(), raw)
         return averaged
