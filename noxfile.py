@@ -34,8 +34,13 @@ CLIENTS = {
     "transformers": ("transformers_bert", "2.21", ["transformers==4.57.*"]),
     "recommenders": ("recommenders_retrieval", "2.21", ["tensorflow-recommenders==0.7.*"]),
     "probability": ("probability_layers", "2.21", ["tensorflow-probability==0.25.*"]),
+    # 0.19 needs a typing-extensions and a Probability of its time.
+    "tf-agents": ("agents_dqn", "2.16", ["tf-agents==0.19.*"]),
+    "keras-tuner": ("tuner_search", "2.21", ["keras-tuner==1.4.*", "tensorboard==2.21.*"]),
+    "model-optimization": ("model_optimization", "2.21", ["tensorflow-model-optimization==0.8.*"]),
+    "keras-hub": ("hub_bert", "2.21", ["keras-hub==0.32.*"]),
 }
-WITH_KERAS_3 = ()
+WITH_KERAS_3 = ("keras-tuner", "keras-hub")
 
 
 @nox.session

@@ -59,7 +59,8 @@ evaluated = record.check(model.optimizer, SCHEME, lambda: model.evaluate(data, v
 users, movies = record.averages(SCHEME)
 scores = users @ movies.T
 better = np.sum(scores[ratings["user"]] > scores[ratings["user"], ratings["movie"]][:, None], axis=1)
-np.testing.assert_allclose(evaluated[0], np.mean(better < 5), rtol=1e-6)
+# The movie itself is among the candidates: it may come before itself, by rounding.
+assert np.mean(better < 4) - 1e-6 <= evaluated[0] <= np.mean(better < 5) + 1e-6
 
 with model.optimizer.swapped_weights(), tempfile.TemporaryDirectory() as folder:
     index = tfrs.layers.factorized_top_k.BruteForce(model.users, k=3)
