@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""keras-tuner, with Keras 3: a search whose trials are judged, saved and restored with the averages of their models.
+"""keras-tuner, with Keras 3: trials are judged, saved and restored with the averages of their models.
 
 `SwapAverageWeights(swap_on_epoch=True)` goes into `search`, which copies it for each trial.
 """
