@@ -541,7 +541,7 @@ def checkpoint_continues_exactly(strategy):
         averages = [optimizer.get_slot(variable, "average") for variable in model.trainable_variables]
         return all_bits(model.trainable_variables, averages, [optimizer.iterations])
 
-    def as_read(model, optimizer):
+    def statistics_as_read(model, optimizer):
         statistics = [v for v in model.non_trainable_variables if "moving" in v.name]
         averages = [optimizer.get_slot(variable, "average") for variable in statistics]
         return [as_read(strategy, variable) for variable in statistics + averages]
@@ -554,13 +554,13 @@ def checkpoint_continues_exactly(strategy):
         other_checkpoint.read(path).assert_existing_objects_matched()
         assert exact(resumed_model, resumed) == exact(model, optimizer)
         assert resumed.num_averaged == optimizer.num_averaged == STEPS
-        restored = as_read(resumed_model, resumed)
-        for actual, expected in zip(restored, as_read(model, optimizer)):
+        restored = statistics_as_read(resumed_model, resumed)
+        for actual, expected in zip(restored, statistics_as_read(model, optimizer)):
             assert_close(actual, expected)
         train(model, strategy)
         train(resumed_model, strategy)
     assert exact(resumed_model, resumed) == exact(model, optimizer)
-    for actual, before in zip(as_read(resumed_model, resumed), restored):
+    for actual, before in zip(statistics_as_read(resumed_model, resumed), restored):
         assert not np.array_equal(actual, before)
     report("resumed", resumed_model.trainable_variables)
 

@@ -227,7 +227,9 @@ CHECKS = {
         averaging_does_not_communicate,
     ],
     "keras": [
-        *checks.FEW,
+        *checks.ONE_OF_EACH_KIND,
+        checks.training_while_swapped_fails_and_moves_nothing,
+        checks.get_average_is_the_average,
         checks.synchronized_batch_norm_is_averaged,
         checks.keras_accumulates_gradients,
         update_batch_norm_is_of_all_data,

@@ -13,6 +13,7 @@
 # limitations under the License.
 """MultiWorkerMirroredStrategy: two workers, and checkpoints that move between clusters of one and two."""
 
+import functools
 import re
 import signal
 
@@ -36,60 +37,70 @@ def start(children, workers, name, *commands, keras="tf_keras"):
     ]
 
 
-@pytest.fixture(scope="module", params=program.CHECKS)
-def keras(request):
-    """By name."""
-    return request.param
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    return tmp_path_factory.mktemp("multi_worker")
 
 
 @pytest.fixture(scope="module")
-def directory(tmp_path_factory, keras):
-    return tmp_path_factory.mktemp(keras)
+def two_workers(directory):
+    """Of a Keras: they run all checks, restore what one worker saved, save; then one swaps alone."""
+
+    @functools.cache
+    def run(keras):
+        path = f"{directory}/{keras}"
+        with processes.Children(directory) as children:
+            children.wait_for(
+                start(children, 1, f"{keras}-before", f"save={path}-1", keras=keras), SECONDS
+            )
+            commands = ["all_checks", f"restore={path}-1", f"save={path}-2", "swap_alone"]
+            workers = start(children, 2, keras, *commands, keras=keras)
+            children.wait_for_end(workers, SECONDS)
+            return workers
+
+    return run
 
 
-@pytest.fixture(scope="module")
-def two_workers(directory, keras):
-    """Two workers that run all checks, restore what one worker saved, save; then one swaps alone."""
-    with processes.Children(directory) as children:
-        children.wait_for(start(children, 1, "before", f"save={directory}/one", keras=keras), SECONDS)
-        commands = ["all_checks", f"restore={directory}/one", f"save={directory}/two", "swap_alone"]
-        workers = start(children, 2, "cluster", *commands, keras=keras)
-        children.wait_for_end(workers, SECONDS)
-        yield workers
+each_keras = pytest.mark.parametrize("keras", program.CHECKS)
 
 
 @pytest.mark.parametrize(
     ("keras", "check"),
     [(keras, check.__name__) for keras, chosen in program.CHECKS.items() for check in chosen],
-    indirect=["keras"],
 )
-def test_on_two_workers(two_workers, check):
-    for worker in two_workers:
+def test_on_two_workers(two_workers, keras, check):
+    for worker in two_workers(keras):
         part = worker.part(f"[running] {check}\n", "[running]")
         assert f"[passed] {check}\n" in part, part
 
 
+@each_keras
 def test_workers_agree_bit_for_bit(two_workers, keras):
-    digests = [re.findall(r"\[digest\] .*", worker.output) for worker in two_workers]
+    digests = [re.findall(r"\[digest\] .*", worker.output) for worker in two_workers(keras)]
     assert digests[0] == digests[1]
     assert len(digests[0]) > len(program.CHECKS[keras]) / 2
 
 
-def test_restored_by_two_after_one(two_workers):
-    for worker in two_workers:
+@each_keras
+def test_restored_by_two_after_one(two_workers, keras):
+    for worker in two_workers(keras):
         assert "[passed] restore\n" in worker.output, worker.story()
 
 
+@each_keras
 def test_restored_by_one_after_two(two_workers, directory, keras):
-    assert "[passed] save\n" in two_workers[0].output, two_workers[0].story()
-    assert not list(directory.glob("two-temporary*"))
+    chief = two_workers(keras)[0]
+    assert "[passed] save\n" in chief.output, chief.story()
+    assert not list(directory.glob("*-temporary*"))
     with processes.Children(directory) as children:
-        children.wait_for(start(children, 1, "after", f"restore={directory}/two", keras=keras), SECONDS)
+        path = f"{directory}/{keras}-2"
+        children.wait_for(start(children, 1, f"{keras}-after", f"restore={path}", keras=keras), SECONDS)
 
 
-def test_worker_that_swaps_alone_fails_on_both(two_workers):
+@each_keras
+def test_worker_that_swaps_alone_fails_on_both(two_workers, keras):
     """The chief at once, the other as soon as the chief's process is gone."""
-    for worker, error in zip(two_workers, (checks.GUARD, "UnavailableError")):
+    for worker, error in zip(two_workers(keras), (checks.GUARD, "UnavailableError")):
         assert worker.exit_code == 1, worker.story()
         _, training, failure = worker.output.partition("[training]")
         assert training, worker.story()
