@@ -152,6 +152,43 @@ def test_custom_loop(strategy, method, keras_variables, as_function):
     testing_utils.assert_averages(wrapped, scheme)
 
 
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_step_that_creates_the_model_it_trains(scheme):
+    """Averages made while the step is traced begin from weights that have no values yet."""
+
+    def train(wrap):
+        keras_3.utils.set_random_seed(1)
+        model = keras_3.Sequential([keras_3.layers.Dense(3), keras_3.layers.Dense(1)])
+        optimizer = wrap(SGD(0.1, momentum=0.9))
+
+        @tf.function
+        def step(x, y):
+            with tf.GradientTape() as tape:
+                loss = tf.reduce_mean((model(x) - y) ** 2)
+            variables = model.trainable_variables
+            optimizer.apply_gradients(zip(tape.gradient(loss, variables), variables))
+
+        history = []
+        for start in range(0, 6 * BATCH, BATCH):
+            rows = slice(start, start + BATCH)
+            step(X[rows], Y[rows])
+            history.append(read_all(model.trainable_variables))
+        return testing_utils.Run(optimizer, model.trainable_variables, history)
+
+    scheme = SCHEMES[scheme]
+    bare, run = train(lambda optimizer: optimizer), train(scheme.wrap)
+    testing_utils.assert_same_training(bare, run)
+    for index, variable in enumerate(run.variables):
+        # The weights before the first step are known to nobody; an update with weight 1 forgets them.
+        if scheme.start or scheme.weight(0, 0) == 1:
+            history = [values[index] for values in (run.history[0], *run.history)]
+            expected = numpy_averages.expected_average(scheme, history)
+            np.testing.assert_allclose(
+                read(run.optimizer.get_slot(variable, "average")), expected, rtol=1e-5
+            )
+        assert np.isfinite(read(run.optimizer.get_slot(variable, "average"))).all()
+
+
 def test_constraint_is_applied_once_and_before_the_update():
     variable = keras_3.Variable(1.0)
     calls = []

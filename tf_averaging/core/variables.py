@@ -418,9 +418,12 @@ def create_like(like: tf.Variable, value: Callable[[], tf.Tensor], name: str, sh
 
 def create_slot(variable: tf.Variable, dtype: tf.DType, owner: str, kind: str) -> tf.Variable:
     """Creates a variable shaped, placed, distributed and set like `variable`, on each replica."""
+    sources = all_components(variable)
+    # One that the function which is being traced creates has no value before that function runs.
+    is_set = all(tf.raw_ops.VarIsInitializedOp(resource=source.handle) for source in sources)
 
     def value() -> tf.Tensor:
-        return tf.cast(read(all_components(variable)[0]), dtype)
+        return tf.cast(read(sources[0]), dtype) if is_set else tf.zeros(variable.shape, dtype)
 
     with _creation_scope(variable):
         slot = tf.Variable(
@@ -433,7 +436,7 @@ def create_slot(variable: tf.Variable, dtype: tf.DType, owner: str, kind: str) -
             aggregation=variable.aggregation,
         )
     # A replica's own value, which the others need not share. Buffers are shared until one is written to.
-    for target, source in zip(all_components(slot), all_components(variable)):
+    for target, source in zip(all_components(slot), sources if is_set else []):
         assign(target, tf.cast(read(source), dtype))
     return slot
 
