@@ -140,10 +140,9 @@ class _Sums:
         # All workers must take the same. With Keras 3 each reads what it has tracked itself.
         tracked = tf.convert_to_tensor(_aggregated(tracked, tf.VariableAggregation.MEAN))
         self._origin = tf.where(tf.math.is_finite(tracked), tracked, tf.zeros_like(tracked))
-        self._count, self._values, self._squares = (
-            _aggregated(tf.zeros(shape, tf.float64), tf.VariableAggregation.SUM)
-            for shape in (tf.TensorShape([]), self._shape, self._shape)
-        )
+        self._count = _sum_variable([])
+        self._values = _sum_variable(self._shape)
+        self._squares = _sum_variable(self._shape)
 
     @contextlib.contextmanager
     def recording(self) -> Iterator[None]:
@@ -258,6 +257,10 @@ def _traced_anew(layer) -> contextlib.AbstractContextManager:
     if isinstance(call, tf.types.experimental.PolymorphicFunction):
         return _called_as(layer, call.python_function)
     return contextlib.nullcontext()
+
+
+def _sum_variable(shape) -> tf.Variable:
+    return _aggregated(tf.zeros(shape, tf.float64), tf.VariableAggregation.SUM)
 
 
 def _aggregated(value: tf.Tensor, aggregation: tf.VariableAggregation) -> tf.Variable:
