@@ -223,24 +223,26 @@ class Updates:
             return self.averages.status.start_empty(step)
 
     def _first_update_forgets(self) -> bool:
-        """Whether the first update sets an average to the weights, as a plain mean does."""
+        """Whether the first update surely sets an average to the weights, as a plain mean does."""
         if self.average_op is not None:
             return False
+        is_traced = not tf.executing_eagerly()
         with tf.init_scope():
             first = tf.zeros([1], tf.int64)
 
-            @functools.partial(tf.function, autograph=False)
             def weigh() -> tf.Tensor:
                 return _checked_weight(self.averaging_weight(first, first), first.shape)
 
-            if weigh.get_concrete_function().captured_inputs:
-                return False  # What depends on a variable may have changed before the update.
+            if is_traced:
+                traced = tf.function(weigh, autograph=False).get_concrete_function()
+                if traced.captured_inputs:
+                    return False  # What depends on a variable may have changed before the update.
             weight = weigh()
             if not tf.reduce_all(tf.logical_and(weight >= 0, weight <= 1)):
                 raise ValueError(
                     f"Expected `averaging_weight` to return weights from 0 to 1. Received: {weight}"
                 )
-            return bool(tf.reduce_all(tf.equal(weight, 1.0)))
+            return is_traced and bool(tf.reduce_all(tf.equal(weight, 1.0)))
 
     # After a step.
 
