@@ -228,9 +228,9 @@ class Updates:
             return False
         is_traced = not tf.executing_eagerly()
         with tf.init_scope():
-            first = tf.zeros([1], tf.int64)
 
             def weigh() -> tf.Tensor:
+                first = tf.zeros([1], tf.int64)  # Made here: what a function captures counts below.
                 return _checked_weight(self.averaging_weight(first, first), first.shape)
 
             if is_traced:
