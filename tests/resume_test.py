@@ -423,9 +423,13 @@ class TestWarnings:
         with pytest.warns(UserWarning, match=f"no state of the optimizer.*{advice}"):
             model.save(str(tmp_path / "model"), save_format="tf")
 
-    def test_statistics_are_lost_unless_the_averages_are_in_the_file(self, tmp_path):
+    def trained_with_batch_norm(self):
         model = testing_utils.new_model(tfav.SWA(CURRENT.SGD(0.1), 0, 1), batch_norm=True)
         fit_steps(model, 3)
+        return model
+
+    def test_statistics_are_lost_unless_the_averages_are_in_the_file(self, tmp_path):
+        model = self.trained_with_batch_norm()
         with model.optimizer.swapped_weights():
             tfav.update_batch_norm(model, testing_utils.X, verbose=0)
             with warnings.catch_warnings():
@@ -435,8 +439,7 @@ class TestWarnings:
             KerasFile.save(model, str(tmp_path))
 
     def test_statistics_go_stale_with_the_next_update(self):
-        model = testing_utils.new_model(tfav.SWA(CURRENT.SGD(0.1), 0, 1), batch_norm=True)
-        fit_steps(model, 3)
+        model = self.trained_with_batch_norm()
         with model.optimizer.swapped_weights():
             tfav.update_batch_norm(model, testing_utils.X, verbose=0)
         with warnings.catch_warnings():

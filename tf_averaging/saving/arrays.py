@@ -194,8 +194,10 @@ class OptimizerState:
 
         `arrays` are head, averages, stashes, and what was unclaimed when version 0.1 wrote the file.
         """
-        places = as_number(store["averages_of"]).astype(np.int64).ravel().tolist()
-        places = [moved[place] if 0 <= place < len(moved) else place for place in places]
+        indices = as_number(store["averages_of"])
+        if indices.dtype.kind != "i" or indices.ndim != 1:
+            raise ValueError(f"Expected a vector of indices. Received: {indices!r}")
+        places = [moved[place] if 0 <= place < len(moved) else place for place in indices.tolist()]
         has_stash = np.asarray(store["has_stash"])
         head_length = _head_length(arrays)
         known = [place for place in places if place >= 0]
