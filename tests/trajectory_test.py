@@ -229,6 +229,35 @@ def test_averages_start_from_weights_loaded_after_shadow_copy(strategy, scheme):
     testing_utils.assert_averages(run, scheme)
 
 
+@pytest.mark.parametrize("when", [{}, {"jit_compile": True}, None], ids=["graph", "xla", "eager"])
+@pytest.mark.parametrize(("start", "period"), [(0, 1), (3, 1), (0, 3), (2, 3)])
+def test_averages_begin_from_the_weights_before_the_first_update(keras, when, start, period):
+    """Those too that were loaded before the step was traced, or between steps before the start."""
+    weights = tf.Variable([1.0, 2.0])
+    variable = keras.Variable(weights) if hasattr(keras, "Variable") else weights
+    optimizer = tfav.ExponentialMovingAverage(
+        keras.optimizers.SGD(1.0), True, 0.75, start, False, average_period=period
+    )
+    optimizer.build([variable])
+
+    def step():
+        optimizer.apply_gradients([(tf.constant([1.0, -1.0]), variable)])
+
+    step = step if when is None else tf.function(step, **when)
+    weights.assign([8.0, 9.0])
+    average = weights.numpy().astype(np.float64)
+    for index in range(8):
+        if index == start - 1:
+            weights.assign([5.0, 7.0])
+        before = weights.numpy()
+        step()
+        if index >= start and (index - start) % period == 0:
+            average = before if index == start else average
+            average = average + 0.25 * (weights.numpy() - average)
+        if index >= start:
+            np.testing.assert_allclose(optimizer.get_average(variable), average, rtol=1e-6)
+
+
 # Steps are counted exactly, however many there are.
 
 

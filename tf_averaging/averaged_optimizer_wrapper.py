@@ -23,10 +23,10 @@ import tensorflow as tf
 from tf_averaging import faces
 from tf_averaging.core import variables as core_variables
 from tf_averaging.core.averages import Averages
-from tf_averaging.core.averages import checked_jit_compile
 from tf_averaging.core.status import NOT_SET
 from tf_averaging.core.status import check_program_order
 from tf_averaging.core.status import checked_count
+from tf_averaging.core.status import checked_jit_compile
 from tf_averaging.core.updates import Updates
 from tf_averaging.core.variables import as_written
 from tf_averaging.saving import arrays

@@ -19,7 +19,6 @@ import dataclasses
 import zlib
 from typing import Any, Callable, Iterable, List, Optional, Sequence, Tuple, TypeVar, Union
 
-import numpy as np
 import tensorflow as tf
 
 from tf_averaging.core import exchange
@@ -32,6 +31,7 @@ from tf_averaging.core.status import Clock
 from tf_averaging.core.status import Status
 from tf_averaging.core.status import check_others
 from tf_averaging.core.status import check_program_order
+from tf_averaging.core.status import checked_jit_compile
 from tf_averaging.core.swapped_contexts import SwappedContext
 from tf_averaging.core.swapped_contexts import SwappedContexts
 from tf_averaging.core.variables import VariableMap
@@ -220,6 +220,14 @@ class Averages:
         """Whether averages and weights are exchanged now: scalar bool tensor."""
         return tf.constant(False) if self.status is None else self.status.is_swapped()
 
+    def are_begun(self) -> bool:
+        """Whether each average holds an update (eager mode)."""
+        return not self.averaged() or bool(tf.reduce_all(self.status.updates() > 0))
+
+    def have_values(self) -> bool:
+        """Whether the variables have values that averages can begin from (eager mode)."""
+        return all(core_variables.has_value(variable) for variable in self.slots)
+
     def refresh(self) -> List[tf.Tensor]:
         """Sets the averages that hold no updates to the current weights, unless swapped.
 
@@ -228,21 +236,22 @@ class Averages:
         """
         if not self.averaged():
             return []
-        empty = tf.equal(self.status.updates(), 0)
-        stale = tf.logical_and(tf.reduce_any(empty), tf.logical_not(self.is_swapped()))
+        empty = tf.logical_and(tf.equal(self.status.updates(), 0), tf.logical_not(self.is_swapped()))
         if not tf.executing_eagerly():
-            return self.copy_weights(empty, stale)
-        if stale:
+            return self.copy_weights(empty)
+        if tf.reduce_any(empty):
             pairs, places = self.pairs()
             core_variables.copy(pair for pair, place in zip(pairs, places) if empty[place])
         return []
 
-    def copy_weights(self, empty: tf.Tensor, condition: tf.Tensor) -> List[tf.Tensor]:
-        """If the condition holds, sets the averages that `empty` (bool vector) selects to the weights."""
+    def copy_weights(self, chosen: tf.Tensor) -> List[tf.Tensor]:
+        """In a graph, sets the averages that `chosen` (bool vector) selects to the weights."""
         pairs, places = self.pairs()
-        chosen = tf.cast(for_each_pair(empty, places), tf.float64)
+        weights = tf.cast(for_each_pair(chosen, places), tf.float64)
+        if fold.is_compiled_whole():  # A conditional would cost XLA as much.
+            return self.on_devices(pairs, [fold.copy_chosen], None, weights)
         works = [fold.nothing, fold.copy_chosen]
-        return self.on_devices(pairs, works, tf.cast(condition, tf.int32), chosen)
+        return self.on_devices(pairs, works, tf.cast(tf.reduce_any(chosen), tf.int32), weights)
 
     def pairs(self) -> Tuple[List[Pair], List[int]]:
         """Averages and variables as components, and for each pair the place of its clock."""
@@ -347,12 +356,8 @@ class Averages:
             )
         checked = self.status.check_not_swapped(ASSIGN_WHILE_SWAPPED_ERROR)
         with core_variables.after(checked), core_variables.after(*self.refresh()):
-            pairs = [
-                pair
-                for slots in chosen
-                for pair in zip(components(slots.variable), components(slots.average))
-            ]
-            self.on_devices(pairs, [fold.copy_all])
+            for slots in chosen:
+                core_variables.copy(zip(components(slots.variable), components(slots.average)))
 
     # Left in the model (eager mode).
 
@@ -438,11 +443,3 @@ def _checked_average_dtype(value) -> Optional[tf.DType]:
     if not dtype.is_floating:
         raise ValueError(f"Expected `average_dtype` to be a floating-point dtype. Received: {value!r}")
     return dtype
-
-
-def checked_jit_compile(value: Union[bool, str]) -> Union[bool, str]:
-    if isinstance(value, (bool, np.bool_)):
-        return bool(value)
-    if value != "auto":
-        raise ValueError(f'Expected `jit_compile` to be a bool or "auto". Received: {value!r}')
-    return value

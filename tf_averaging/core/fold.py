@@ -36,14 +36,13 @@ from tensorflow.python.framework import auto_control_deps
 from tensorflow.python.ops import control_flow_util
 
 from tf_averaging.core.variables import Component
-from tf_averaging.core.variables import add
 from tf_averaging.core.variables import after
 from tf_averaging.core.variables import assign
-from tf_averaging.core.variables import copy
 from tf_averaging.core.variables import is_on_local_cpu
 from tf_averaging.core.variables import is_on_tpu
 from tf_averaging.core.variables import is_remote
 from tf_averaging.core.variables import read
+from tf_averaging.core.variables import subtract
 
 # An average and the variable that it follows, on the same device.
 Pair = Tuple[Component, Component]
@@ -72,29 +71,46 @@ def nothing(pairs: Sequence[Pair], weights: tf.Tensor) -> None:
     del pairs, weights
 
 
-def copy_all(pairs: Sequence[Pair], weights: tf.Tensor) -> None:
-    """Sets the first of each pair to the second one's value."""
-    del weights
-    copy(pairs)
-
-
 def copy_chosen(pairs: Sequence[Pair], weights: tf.Tensor) -> list:
-    """`copy_all`, for the pairs whose element of the vector is 1."""
-    chosen = tf.unstack(tf.equal(weights, 1.0), num=len(pairs))
-    return [
-        assign(target, tf.where(is_chosen, tf.cast(read(source), target.dtype), read(target)))
-        for (target, source), is_chosen in zip(pairs, chosen)
-    ]
+    """Sets the averages whose weight is 1 to their variables, whatever they were."""
+    is_one = tf.equal(weights, 1.0)
+    if is_compiled_whole() or not all(is_on_local_cpu(average) for average, _ in pairs):
+        return _in_turn(
+            pairs,
+            list(zip([average for average, _ in pairs], tf.unstack(is_one, num=len(pairs)))),
+            lambda pair, value, old: assign(pair[0], tf.where(pair[1], value, old)),
+        )
+    dtypes = sorted({(average.dtype, variable.dtype) for average, variable in pairs}, key=str)
+    return [_copy_in_a_loop(pairs, is_one, average, variable) for average, variable in dtypes]
+
+
+def _copy_in_a_loop(pairs: Sequence[Pair], chosen: tf.Tensor, average_dtype, dtype) -> tf.Tensor:
+    """Copies the chosen pairs of these dtypes, one after the other.
+
+    This happens a few times in a training. An operation for each variable would lengthen the tracing of
+    every step.
+    """
+    places = [i for i, (a, v) in enumerate(pairs) if (a.dtype, v.dtype) == (average_dtype, dtype)]
+    averages, variables = (tf.stack([pairs[place][i].handle for place in places]) for i in (0, 1))
+    places = tf.reshape(tf.where(tf.gather(chosen, places)), [-1])
+
+    def copy_one(index):
+        place = places[index]
+        value = tf.raw_ops.ReadVariableOp(resource=variables[place], dtype=dtype)
+        tf.raw_ops.AssignVariableOp(resource=averages[place], value=tf.cast(value, average_dtype))
+        return index + 1
+
+    return tf.while_loop(lambda index: index < tf.size(places), copy_one, [tf.constant(0)])
 
 
 @functools.cache
-def fold_work(jit_compile: Union[bool, str], any_is_one: bool) -> Work:
+def fold_work(jit_compile: Union[bool, str]) -> Work:
     """The work of folding: see `fold`."""
-    return functools.partial(fold, jit_compile=jit_compile, any_is_one=any_is_one)
+    return functools.partial(fold, jit_compile=jit_compile)
 
 
 def fold(
-    pairs: Sequence[Pair], weights: tf.Tensor, jit_compile: Union[bool, str], any_is_one: bool = True
+    pairs: Sequence[Pair], weights: tf.Tensor, jit_compile: Union[bool, str]
 ) -> List[Union[None, tf.Operation, tf.Tensor]]:
     """Folds the variables into the averages, in one pass over the memory.
 
@@ -105,10 +121,9 @@ def fold(
     Args:
       pairs: averages and variables, on one device.
       weights: float64 vector, one element for each pair. It is cast once to the averages' dtypes. Where
-        it is 1 the average becomes the variable exactly, whatever it was.
+        it is 1 the average must be the variable already (`copy_chosen`), and stays as it is.
       jit_compile: `"auto"`, or a bool that forces one way or the other. Remote variables are never
         compiled: their values would move to this machine.
-      any_is_one: False if none of the weights is 1. Plain operations then need fewer passes.
 
     Returns:
       The operations and tensors that are ready when it is done.
@@ -120,49 +135,33 @@ def fold(
         chosen = [pairs[place] for place in compiled]
 
         def fold_compiled(weights, *handles):
-            interpolate(with_handles(chosen, handles), weights)
-            return tf.constant(True)
+            with after(*interpolate(with_handles(chosen, handles), weights)):
+                return tf.constant(True)
 
         function = tf.function(fold_compiled, jit_compile=True, autograph=False)
         with tf.device(chosen[0][0].device):
             done.append(function(_elements(weights, compiled, len(pairs)), *handles_of(chosen)))
     if plain:
-        chosen = [pairs[place] for place in plain]
-        done += interpolate_in_turn(chosen, _elements(weights, plain, len(pairs)), any_is_one)
+        done += interpolate([pairs[place] for place in plain], _elements(weights, plain, len(pairs)))
     return done
 
 
-def interpolate(pairs: Sequence[Pair], weights: tf.Tensor) -> None:
-    """What XLA compiles: it sees all of it and makes one pass of it."""
-    for (average, variable), weight, is_one in zip(pairs, *_for_each(pairs, weights)):
-        old, value = read(average), tf.cast(read(variable), average.dtype)
-        assign(average, _interpolated(value, old, weight, is_one))
+def interpolate(pairs: Sequence[Pair], weights: tf.Tensor) -> list:
+    """Moves each average towards its variable by a part of the distance, which is its weight.
 
-
-def _for_each(pairs: Sequence[Pair], weights: tf.Tensor) -> Tuple[List[tf.Tensor], List[tf.Tensor]]:
-    """For each pair its weight in the average's dtype, and whether it is 1."""
+    A weight of 0 leaves the average as it is, also where the variable holds NaN or an infinity; and so
+    does a weight of 1, which `copy_chosen` has dealt with.
+    """
+    weights = tf.where(tf.equal(weights, 1.0), tf.zeros([], tf.float64), weights)
     dtypes = {average.dtype for average, _ in pairs}
     cast = {dtype: tf.unstack(tf.cast(weights, dtype), num=len(pairs)) for dtype in dtypes}
-    is_one = tf.unstack(tf.equal(weights, 1.0), num=len(pairs))
-    return [cast[average.dtype][place] for place, (average, _) in enumerate(pairs)], is_one
-
-
-def _interpolated(value: tf.Tensor, average: tf.Tensor, weight: tf.Tensor, is_one) -> tf.Tensor:
-    # The average may hold NaN or infinities, which a weight of 1 must forget.
-    return tf.where(is_one, value, average + weight * (value - average))
-
-
-def interpolate_in_turn(pairs: Sequence[Pair], weights: tf.Tensor, any_is_one: bool) -> list:
-    """`interpolate` by plain operations. Where no weight is 1, adding to the average saves a pass."""
 
     def write(pair_and_weight, value, old):
-        average, weight, is_one = pair_and_weight
-        if any_is_one:
-            return assign(average, _interpolated(value, old, weight, is_one))
-        return add(average, weight * (value - old))
+        average, weight = pair_and_weight
+        return subtract(average, tf.math.multiply_no_nan(old - value, weight))
 
-    averages = [average for average, _ in pairs]
-    return _in_turn(pairs, list(zip(averages, *_for_each(pairs, weights))), write)
+    arguments = [(average, cast[average.dtype][place]) for place, (average, _) in enumerate(pairs)]
+    return _in_turn(pairs, arguments, write)
 
 
 def update(pairs: Sequence[Pair], new_value: Callable[[int, tf.Tensor, tf.Tensor], tf.Tensor]) -> list:

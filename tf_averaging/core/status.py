@@ -68,6 +68,14 @@ def checked_count(name: str, value: int, minimum: int) -> int:
     return count
 
 
+def checked_jit_compile(value: Union[bool, str]) -> Union[bool, str]:
+    if isinstance(value, (bool, np.bool_)):
+        return bool(value)
+    if value != "auto":
+        raise ValueError(f'Expected `jit_compile` to be a bool or "auto". Received: {value!r}')
+    return value
+
+
 def check_program_order() -> None:
     """Refuses graphs in which operations on variables do not run in the order of the program.
 
@@ -248,29 +256,24 @@ class Status:
         """Where the clocks are: on a parameter server nothing is sent to the worker."""
         return tf.device(core_variables.components(self.first_step)[0].device)
 
-    def start_empty(self, step: tf.Tensor) -> list:
-        """Starts the clocks of the averages that hold nothing yet at `step` (scalar int64 tensor)."""
-        operations = []
-        with self.device():
-            for clocks in self.clock_variables():
-                began, updates = tf.unstack(core_variables.read_here(clocks))
-                started = tf.stack([tf.where(tf.equal(updates, 0), step, began), updates])
-                operations += core_variables.assign_here(clocks, started)
-        return operations
-
     def is_valid(self) -> tf.Tensor:
         """True, which TensorFlow cannot know before it runs: scalar bool tensor."""
         return core_variables.read_here(self.first_step) >= NOT_SET
 
-    def add_updates(self, number: tf.Tensor) -> list:
-        """Adds to the updates of all averages (scalar int64 tensor); returns the operations."""
+    def count(self, step: tf.Tensor, due: Union[bool, tf.Tensor]) -> list:
+        """Counts an update of all averages at `step` (scalar int64 tensor), if one is due.
+
+        Returns:
+          The operations.
+        """
         operations = []
         with self.device():
-            for batch in self._batches:
-                added = tf.constant([[0] * len(batch.places), [1] * len(batch.places)], tf.int64) * number
-                operations += [
-                    core_variables.add(c, added) for c in core_variables.components(batch.clocks)
-                ]
+            for clocks in self.clock_variables():
+                before = core_variables.read_here(clocks)
+                began, updates = tf.unstack(before)
+                after = tf.stack([tf.where(tf.equal(updates, 0), step, began), updates + 1])
+                counted = after if due is True else tf.where(due, after, before)
+                operations += core_variables.assign_here(clocks, counted)
         return operations
 
     def forget_all(self) -> None:

@@ -96,11 +96,9 @@ class Updates:
         with after(self.averages.status.check_not_swapped()):
             begun: List[tf.Tensor] = []
             if due is not False:
-                begun = self.averages.once(lambda: self._begin(due, step, self._first_update_forgets))
+                begun = self.averages.once(lambda: self._begin(due))
             with after(*begun):
-                # Each gradient waits by itself. Keras's sum over replicas, an operation of all gradients,
-                # would wait otherwise, and with it all updates for the last gradient.
-                result = take_step([_waiting(gradient) for gradient in gradients])
+                result = take_step(_waiting(gradients))
         if due is not False:
             with after(result):
                 self.averages.once(lambda: self._fold(due, step, self.averaging_weight, self.average_op))
@@ -118,13 +116,12 @@ class Updates:
             else lambda steps, updates: tf.cast(weight, tf.float64)
         )
         average_op = self.average_op if weight is None else None
-        forgets = self._first_update_forgets if weight is None else lambda: False
 
         def update() -> None:
-            with (
-                after(checked, self.averages.status.check_not_swapped()),
-                after(*self._begin(True, step, forgets)),
-            ):
+            checks = [checked, self.averages.status.check_not_swapped()]
+            if weight is None:
+                self._first_update_forgets()
+            with after(*checks), after(*self._begin_now(True)):
                 self._fold(True, step, averaging_weight, average_op)
 
         self.averages.once(update)
@@ -155,6 +152,7 @@ class Updates:
                 "Averaging has begun already, so its start cannot be moved. Expected an optimizer that "
                 f"has averaged nothing yet. Received: one with num_averaged={updates}"
             )
+        self.averages.refresh()
         self.averages.begin(step)
 
     def warn_if_empty(self, step: tf.Tensor) -> None:
@@ -186,41 +184,59 @@ class Updates:
             conditions.append(step >= start)
         if self.period > 1:
             conditions.append(tf.equal((step - start) % self.period, 0))
-        return functools.reduce(tf.logical_and, conditions) if conditions else True
+        due = functools.reduce(tf.logical_and, conditions) if conditions else True
+        return bool(due) if tf.executing_eagerly() else due
 
     # Before a step.
 
-    def _begin(
-        self, due: Union[bool, tf.Tensor], step: tf.Tensor, forgets: Callable[[], bool]
-    ) -> List[tf.Tensor]:
-        """An average whose first update is due begins from the weights as they are now.
+    def _begin(self, due: Union[bool, tf.Tensor]) -> List[tf.Tensor]:
+        """An average whose first update is due begins from the weights before the step.
 
-        If that update forgets what the average was, it need not be brought up to date.
+        This happens once, so a step does not look for it where that can be helped: while a step is traced
+        the averages are brought up to date, and from the first step on they are updated.
 
         Returns:
           What the step must wait for.
         """
-        status = self.averages.status
-        empty = tf.equal(status.updates(), 0)
-        begins = tf.logical_and(due, tf.reduce_any(empty))
-        if tf.executing_eagerly() and not begins:
+        averages = self.averages
+        if tf.executing_eagerly():
+            if not averages.are_begun():
+                self._first_update_forgets()
+                averages.refresh()
             return []
-        copies = not forgets()
-        if status.section is not None:
-            return [self._alone(begins, lambda: self._begin_alone(step, copies))]
-        copied = self.averages.copy_weights(empty, begins) if copies else []
-        with after(*copied):
-            return [_when(begins, lambda: status.start_empty(step))]
+        if self._first_update_forgets():
+            return []
+        with tf.init_scope():
+            averages.refresh()
+            is_done = averages.have_values()
+        if is_done and (due is True or self._follows_weights()):
+            return []
+        return self._begin_now(due)
 
-    def _begin_alone(self, step: tf.Tensor, copies: bool) -> list:
-        # Looked at once more: another worker may have been faster.
-        pairs, places = self.averages.pairs()
-        copied = []
-        if copies:
-            empty = for_each_pair(tf.equal(self.averages.status.updates(), 0), places)
-            copied = fold.copy_chosen(pairs, tf.cast(empty, tf.float64))
-        with after(*copied):
-            return self.averages.status.start_empty(step)
+    def _follows_weights(self) -> bool:
+        """Whether averages that hold no updates are set to the weights by every step.
+
+        XLA compiles a conditional to a pass over all averages, and a step must fold in one pass anyway.
+        """
+        return fold.is_compiled_whole() and self.average_op is None
+
+    def _begin_now(self, due: Union[bool, tf.Tensor]) -> List[tf.Tensor]:
+        """An average whose first update is due begins from the weights at this moment."""
+        status = self.averages.status
+
+        def begins() -> tf.Tensor:
+            return tf.logical_and(due, tf.equal(status.updates(), 0))
+
+        def begin() -> list:
+            # Looked at once more: another worker may have been faster.
+            pairs, places = self.averages.pairs()
+            return fold.copy_chosen(pairs, tf.cast(for_each_pair(begins(), places), tf.float64))
+
+        if tf.executing_eagerly():
+            return self.averages.refresh()
+        if status.section is not None:
+            return [self._alone(tf.reduce_any(begins()), begin)]
+        return self.averages.copy_weights(begins())
 
     def _first_update_forgets(self) -> bool:
         """Whether the first update surely sets an average to the weights, as a plain mean does."""
@@ -256,6 +272,8 @@ class Updates:
                 updates = status.updates()
                 steps = updates if self.period is None else status.steps(step)
                 weight = _checked_weight(averaging_weight(steps, updates), updates.shape)
+                if due is not True and self._follows_weights():
+                    weight = tf.where(due, weight, tf.cast(tf.equal(updates, 0), tf.float64))
                 return for_each_pair(tf.broadcast_to(weight, tf.shape(updates)), places)
 
         def new_value(place, value, average) -> tf.Tensor:
@@ -267,11 +285,13 @@ class Updates:
                 done = [_when(due, lambda: fold.update(pairs, new_value))]
             elif status.section is not None:
                 # No function is called here: a critical section does not keep apart what runs inside one.
-                done = fold.interpolate_in_turn(pairs, weights(), any_is_one=True)
+                chosen = weights()
+                with after(*fold.copy_chosen(pairs, chosen)):
+                    done = fold.interpolate(pairs, chosen)
             else:
                 done = self._interpolate(due, pairs, weights)
             with after(*done):
-                return status.add_updates(tf.cast(due, tf.int64))
+                return status.count(step, due)
 
         if status.section is None:
             fold_and_count(due)
@@ -281,28 +301,28 @@ class Updates:
     def _interpolate(
         self, due, pairs: Sequence[fold.Pair], weights: Callable[[], tf.Tensor]
     ) -> List[tf.Tensor]:
-        on_devices, jit_compile = self.averages.on_devices, self.averages.jit_compile
-        exactly = fold.fold_work(jit_compile, any_is_one=True)
+        on_devices, fold_all = self.averages.on_devices, fold.fold_work(self.averages.jit_compile)
         # What all devices need is computed here: the work on one device has no access to others.
-        if fold.is_compiled_whole() or all(fold.pays_to_compile(a, jit_compile) for a, _ in pairs):
-            # XLA makes one pass of either way to fold, but each further branch would cost one.
-            if due is True:
-                return on_devices(pairs, [exactly], weights=weights())
-            return on_devices(pairs, [fold.nothing, exactly], tf.cast(due, tf.int32), weights())
+        if fold.is_compiled_whole():
+            chosen = weights()
+            with after(*on_devices(pairs, [fold.copy_chosen], None, chosen)):
+                return on_devices(pairs, [fold_all], None, chosen)
 
         def choose():
             chosen = weights()
-            way = tf.where(tf.reduce_any(tf.equal(chosen, 1.0)), 2, 1)
-            # Never negative, which TensorFlow cannot know. Where it can tell the way while it optimizes a
-            # graph, it makes a call without side effects of it, and leaves that out.
-            return tf.where(self.averages.status.is_valid(), way, 0), chosen
+            any_is_one = tf.reduce_any(tf.equal(chosen, 1.0))
+            # Always valid, which TensorFlow cannot know. Where it can tell the choice while it optimizes
+            # a graph, it makes a call without side effects of it, and leaves that out.
+            return tf.cast(tf.logical_and(any_is_one, self.averages.status.is_valid()), tf.int32), chosen
 
         def skip():
             return tf.constant(0), tf.zeros([len(pairs)], tf.float64)
 
-        choice, chosen = choose() if due is True else tf.cond(due, choose, skip)
-        works = [fold.nothing, fold.fold_work(jit_compile, any_is_one=False), exactly]
-        return on_devices(pairs, works, choice, chosen)
+        copies, chosen = choose() if due is True else tf.cond(due, choose, skip)
+        with after(*on_devices(pairs, [fold.nothing, fold.copy_chosen], copies, chosen)):
+            if due is True:
+                return on_devices(pairs, [fold_all], None, chosen)
+            return on_devices(pairs, [fold.nothing, fold_all], tf.cast(due, tf.int32), chosen)
 
     def _alone(self, condition: Union[bool, tf.Tensor], work: Callable[[], list]) -> tf.Tensor:
         """Does `work` if `condition` holds, while no other worker is in the section."""
@@ -353,6 +373,12 @@ def _checked_weight(weight, shape: tf.TensorShape) -> tf.Tensor:
     return weight
 
 
-def _waiting(gradient: Optional[tf.Tensor]) -> Optional[tf.Tensor]:
-    """The gradient; in graphs it is ready after what the context orders it after. None stays None."""
-    return gradient if gradient is None or tf.executing_eagerly() else tf.identity(gradient)
+def _waiting(gradients: List[Optional[tf.Tensor]]) -> List[Optional[tf.Tensor]]:
+    """Gradients that are ready after what the context orders them after.
+
+    The step of a single replica waits by itself. Keras's sum over replicas is an operation of all
+    gradients: if that waited, so would all updates, for the last gradient. There each gradient waits.
+    """
+    if tf.executing_eagerly() or tf.distribute.get_strategy().num_replicas_in_sync == 1:
+        return gradients
+    return [None if gradient is None else tf.identity(gradient) for gradient in gradients]

@@ -118,10 +118,10 @@ def assign(component: Component, value: tf.Tensor) -> Optional[tf.Operation]:
         return tf.raw_ops.AssignVariableOp(resource=component.handle, value=value)
 
 
-def add(component: Component, delta: tf.Tensor) -> Optional[tf.Operation]:
-    """Adds to the value, where it lives."""
+def subtract(component: Component, delta: tf.Tensor) -> Optional[tf.Operation]:
+    """Subtracts from the value, where it lives."""
     with tf.device(component.device):
-        return tf.raw_ops.AssignAddVariableOp(resource=component.handle, value=delta)
+        return tf.raw_ops.AssignSubVariableOp(resource=component.handle, value=delta)
 
 
 def after(*results: object):
@@ -156,6 +156,12 @@ def assign_everywhere(variable: tf.Variable, value: tf.Tensor) -> None:
 def stored_dtype(variable: tf.Variable) -> tf.DType:
     """The dtype in which the values are stored."""
     return all_components(variable)[0].dtype
+
+
+def has_value(variable: tf.Variable) -> bool:
+    """Whether it has one (eager mode). A variable that a function creates has none before it runs."""
+    handles = [component.handle for component in all_components(variable)]
+    return all(tf.raw_ops.VarIsInitializedOp(resource=handle) for handle in handles)
 
 
 def is_shared_by_replicas(variable: tf.Variable) -> bool:
@@ -373,9 +379,7 @@ class VariableSelection:
         name = "trainable_variables" if self.trainable_only else "variables"
         try:
             found = getattr(self.model, name)
-        except (
-            ValueError
-        ):  # A model of tf_keras that has not been built. Some variables may exist, though.
+        except ValueError:  # A model of tf_keras that is not built. Some variables may exist, though.
             found = getattr(tf.Module, name).fget(self.model)
         return self.tf_variables(found)
 
@@ -418,9 +422,7 @@ def create_like(like: tf.Variable, value: Callable[[], tf.Tensor], name: str, sh
 
 def create_slot(variable: tf.Variable, dtype: tf.DType, owner: str, kind: str) -> tf.Variable:
     """Creates a variable shaped, placed, distributed and set like `variable`, on each replica."""
-    sources = all_components(variable)
-    # One that the function which is being traced creates has no value before that function runs.
-    is_set = all(tf.raw_ops.VarIsInitializedOp(resource=source.handle) for source in sources)
+    sources, is_set = all_components(variable), has_value(variable)
 
     def value() -> tf.Tensor:
         return tf.cast(read(sources[0]), dtype) if is_set else tf.zeros(variable.shape, dtype)
