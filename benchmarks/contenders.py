@@ -53,6 +53,7 @@ class Contender:
       variables: the variables to train.
       gradients: one for each variable.
       strategy: the strategy whose replicas run the step; None for none.
+      jit_compile: whether XLA compiles the step.
 
     Attributes:
       step: takes one training step.
@@ -63,7 +64,9 @@ class Contender:
     swap: Optional[Callable] = None
     assign: Optional[Callable] = None
 
-    def __init__(self, optimizer, variables: list, gradients: list, strategy=None):
+    def __init__(
+        self, optimizer, variables: list, gradients: list, strategy=None, jit_compile: bool = False
+    ):
         self.optimizer = optimizer
         self.variables = variables
 
@@ -77,14 +80,16 @@ class Contender:
         def step_on_all():
             strategy.run(step_on_replica)
 
-        self.step = tf.function(step if strategy is None else step_on_all)
+        self.step = tf.function(
+            step if strategy is None else step_on_all, jit_compile=jit_compile or None
+        )
 
 
 class Ours(Contender):
     """A `tf_averaging` optimizer."""
 
-    def __init__(self, *args):
-        super().__init__(*args)
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
         self.swap = self.optimizer.swap_weights
         self.assign = lambda: self.optimizer.assign_average_vars(self.variables)
 
@@ -120,7 +125,7 @@ def like_models(average: tf.Variable, variable: tf.Tensor) -> None:
 class Keras3(Contender):
     """An optimizer of Keras 3, with variables of its own."""
 
-    def __init__(self, optimizer, variables: List[tf.Variable], gradients: list):
+    def __init__(self, optimizer, variables: List[tf.Variable], gradients: list, **options):
         class Model(keras.Model):
             def __init__(self):
                 super().__init__()
@@ -133,7 +138,7 @@ class Keras3(Contender):
         self.model = Model()
         self.model.compile(optimizer)
         optimizer.build(self.model.trainable_variables)
-        super().__init__(optimizer, self.model.trainable_variables, gradients)
+        super().__init__(optimizer, self.model.trainable_variables, gradients, **options)
 
 
 class OursKeras3(Ours, Keras3):
@@ -143,8 +148,8 @@ class OursKeras3(Ours, Keras3):
 class UseEmaKeras3(Keras3):
     """The average of Keras 3, and the swap of its callback."""
 
-    def __init__(self, *args):
-        super().__init__(sgd_keras_3(use_ema=True), *args)
+    def __init__(self, *args, **options):
+        super().__init__(sgd_keras_3(use_ema=True), *args, **options)
         callback = keras.callbacks.SwapEMAWeights()
         callback.set_model(self.model)
         swapped = []
@@ -171,27 +176,36 @@ def _in_scope(strategy, make):
 
 
 def makers(
-    variables: List[tf.Variable], gradients: list, peers: Sequence[str], strategy=None
+    variables: List[tf.Variable],
+    gradients: list,
+    peers: Sequence[str],
+    strategy=None,
+    jit_compile: bool = False,
 ) -> Dict[str, Callable]:
     """Functions that make our contenders, these peers, and the bare optimizers to compare them with.
 
     Under a strategy, only those that run there.
     """
-    here = (variables, gradients, strategy)
+    here, compiled = (variables, gradients, strategy), {"jit_compile": jit_compile}
     makers = {
-        names.BARE: lambda: Contender(sgd(), *here),
-        names.EMA: lambda: Ours(tfav.ExponentialMovingAverage(sgd(), average_decay=DECAY), *here),
-        names.SWA: lambda: Ours(tfav.SWA(sgd(), average_period=PERIOD), *here),
-        names.USE_EMA: lambda: Contender(sgd(use_ema=True, ema_momentum=DECAY), *here),
+        names.BARE: lambda: Contender(sgd(), *here, **compiled),
+        names.EMA: lambda: Ours(
+            tfav.ExponentialMovingAverage(sgd(), average_decay=DECAY), *here, **compiled
+        ),
+        names.SWA: lambda: Ours(tfav.SWA(sgd(), average_period=PERIOD), *here, **compiled),
+        names.USE_EMA: lambda: Contender(sgd(use_ema=True, ema_momentum=DECAY), *here, **compiled),
     }
     if strategy is not None:
         return {name: functools.partial(_in_scope, strategy, make) for name, make in makers.items()}
     makers[names.ADDONS] = lambda: PlainOperations(like_addons, variables, gradients)
     makers[names.MODELS] = lambda: PlainOperations(like_models, variables, gradients)
-    makers[names.BARE_KERAS_3] = lambda: Keras3(sgd_keras_3(), variables, gradients)
-    makers[names.KERAS_3] = lambda: UseEmaKeras3(variables, gradients)
+    makers[names.BARE_KERAS_3] = lambda: Keras3(sgd_keras_3(), variables, gradients, **compiled)
+    makers[names.KERAS_3] = lambda: UseEmaKeras3(variables, gradients, **compiled)
     makers[names.EMA_KERAS_3] = lambda: OursKeras3(
-        tfav.ExponentialMovingAverage(sgd_keras_3(), average_decay=DECAY), variables, gradients
+        tfav.ExponentialMovingAverage(sgd_keras_3(), average_decay=DECAY),
+        variables,
+        gradients,
+        **compiled,
     )
     chosen = {*names.OURS, *peers}
     chosen |= {bare_of(name) for name in chosen}

@@ -50,7 +50,7 @@ def measure_workload(name: str) -> Dict[str, object]:
             variables = workload.variables()
     else:
         variables = workload.variables()
-    makers = contenders.makers(variables, gradients, workload.peers, strategy)
+    makers = contenders.makers(variables, gradients, workload.peers, strategy, workload.jit_compile)
     made = {contender: make() for contender, make in makers.items()}
     limit = timing.MemoryLimit(8 if FLAGS.quick else 256)
     steps = {contender: one.step for contender, one in made.items()}
@@ -69,7 +69,7 @@ def measure_workload(name: str) -> Dict[str, object]:
         "swap": exchanges(made),
         "assign": assignments(made),
         "extra_memory": memory(made),
-        "first_step": first_steps(makers),
+        **first_calls(makers),
     }
 
 
@@ -142,18 +142,35 @@ def memory(made: Dict[str, contenders.Contender]) -> Dict[str, object]:
     return result
 
 
-def first_steps(makers: Dict[str, Callable]) -> Dict[str, object]:
-    """Time from a new optimizer to the end of its first step, with tracing and compilation."""
-    seconds = {name: [] for name in makers}
+def first_calls(makers: Dict[str, Callable]) -> Dict[str, object]:
+    """Time from a new optimizer to the end of its first step, with tracing and compilation.
+
+    Then that of the first swap, and of the first assignment.
+    """
+    seconds = {"first_step": {}, "first_swap": {}, "first_assign": {}}
+
+    def note(what: str, name: str, start: float) -> None:
+        seconds[what].setdefault(name, []).append(time.perf_counter() - start)
+
     for _ in range(1 if FLAGS.quick else 2):
         for name, make in makers.items():
             gc.freeze()  # So that nobody's first step pays for a look at what the others have left.
-            start = time.perf_counter()
-            make().step()
-            seconds[name].append(time.perf_counter() - start)
+            made = []
+            time_call(
+                "first_step", name, lambda make=make, made=made: made.append(make()) or made[0].step()
+            )
+            if made[0].swap is not None:
+                time_call("first_swap", name, made[0].swap)
+                made[0].swap()
+            if made[0].assign is not None:
+                time_call("first_assign", name, made[0].assign)
+            made.clear()
             gc.unfreeze()
             gc.collect()  # What is frozen is never freed, and an embedding is a gigabyte.
-    return {name: timing.spread(np.asarray(values)) for name, values in seconds.items()}
+    return {
+        what: {name: timing.spread(np.asarray(values)) for name, values in all_of_them.items()}
+        for what, all_of_them in seconds.items()
+    }
 
 
 def main(arguments) -> None:

@@ -37,13 +37,14 @@ flags.DEFINE_float("seconds", 40.0, "How long to time the steps of each workload
 flags.DEFINE_string("output_dir", "build/benchmark", "Where the results go.")
 flags.DEFINE_list(
     "workloads",
-    "resnet50,matrices,small,fit,long_run,scaling,embedding,bfloat16,mirrored,transformer",
+    "resnet50,matrices,small,small300,xla_resnet50,xla_matrices,xla_small300,fit,long_run,scaling,embedding,"
+    "bfloat16,mirrored,transformer",
     "What to measure.",
 )
 
 # In how many processes a workload is measured, if not in one: those whose ratios differ most from one
 # process to the next, with where variables lie in memory and with how fast the machine is meanwhile.
-PROCESSES = {"resnet50": 5, "matrices": 5}
+PROCESSES = {"resnet50": 5, "matrices": 5, "xla_resnet50": 5, "xla_matrices": 5}
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 

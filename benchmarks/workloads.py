@@ -33,6 +33,7 @@ class Workload:
       dtype: their dtype.
       sparse_rows: the number of rows of a variable that a gradient reaches; 0 for all.
       replicas: the number of devices of a MirroredStrategy.
+      jit_compile: whether XLA compiles the whole step.
       peers: the contenders to compare with; all of them together must fit into memory.
     """
 
@@ -40,6 +41,7 @@ class Workload:
     dtype: str = "float32"
     sparse_rows: int = 0
     replicas: int = 1
+    jit_compile: bool = False
     peers: Tuple[str, ...] = names.PEERS
 
     @property
@@ -97,10 +99,16 @@ def transformer(layers: int, width: int, vocabulary: int) -> List[Shape]:
     return [(vocabulary, width), (512, width), *(layers * block), (width,), (width,)]
 
 
+COMPILED = {"jit_compile": True, "peers": (names.USE_EMA, names.KERAS_3)}
+
 WORKLOADS: Dict[str, Workload] = {
     "resnet50": Workload(resnet_50()),
     "matrices": Workload(3 * [(4096, 4096)]),
     "small": Workload(500 * [(64, 64), (64,)]),
+    "small300": Workload(150 * [(64, 64), (64,)]),
+    "xla_resnet50": Workload(resnet_50(), **COMPILED),
+    "xla_matrices": Workload(3 * [(2048, 2048)], **COMPILED),
+    "xla_small300": Workload(150 * [(64, 64), (64,)], **COMPILED),
     "transformer": Workload(transformer(12, 768, 32_000)),
     "embedding": Workload([(2**18, 1024)], sparse_rows=4096, peers=(names.USE_EMA, names.ADDONS)),
     "bfloat16": Workload(3 * [(4096, 4096)], dtype="bfloat16"),
@@ -112,6 +120,10 @@ QUICK: Dict[str, Workload] = {
     "resnet50": Workload(resnet_50()[:12]),
     "matrices": Workload(3 * [(256, 256)]),
     "small": Workload(10 * [(64, 64), (64,)]),
+    "small300": Workload(5 * [(64, 64), (64,)]),
+    "xla_resnet50": Workload(resnet_50()[:12], **COMPILED),
+    "xla_matrices": Workload(3 * [(256, 256)], **COMPILED),
+    "xla_small300": Workload(5 * [(64, 64), (64,)], **COMPILED),
     "transformer": Workload(transformer(1, 64, 1000)),
     "embedding": Workload([(2**10, 64)], sparse_rows=16, peers=(names.USE_EMA, names.ADDONS)),
     "bfloat16": Workload(3 * [(256, 256)], dtype="bfloat16"),
