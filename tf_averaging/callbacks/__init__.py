@@ -14,6 +14,7 @@
 """Keras callbacks that let evaluation and checkpoints see the averages."""
 
 from tf_averaging.callbacks.average_model_checkpoint import AverageModelCheckpoint
+from tf_averaging.callbacks.evaluate_raw_weights import EvaluateRawWeights
 from tf_averaging.callbacks.swap_average_weights import SwapAverageWeights
 
-__all__ = ["AverageModelCheckpoint", "SwapAverageWeights"]
+__all__ = ["AverageModelCheckpoint", "EvaluateRawWeights", "SwapAverageWeights"]

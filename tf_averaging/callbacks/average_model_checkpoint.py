@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from typing import Any, Callable, Optional, Union
+from typing import Any, Optional, Union
 
 import tensorflow as tf
 
@@ -124,7 +124,7 @@ class AverageModelCheckpoint(averaging_callback.AveragingCallback):
         checkpoint_class = kerases.of_model(model).callbacks.ModelCheckpoint
         if not isinstance(self._checkpoint, checkpoint_class):
             self._checkpoint = checkpoint_class(**self._arguments)
-        self._checkpoint.set_model(_SavesAverages(model, self._averages_in_model))
+        self._checkpoint.set_model(averaging_callback.SavesAverages(model, self._averages_in_model))
 
     @property
     def best(self) -> Optional[float]:
@@ -165,33 +165,9 @@ class AverageModelCheckpoint(averaging_callback.AveragingCallback):
         optimizer = self.optimizer
         if not optimizer.has_shadow_copy:  # The averages are the weights still.
             return contextlib.nullcontext()
+        for recompute in self.params.get("recompute_batch_norm", ()):
+            recompute(optimizer)
         if self.update_weights and not optimizer.weights_swapped:
             optimizer.assign_average_vars(self.model.variables)
             return contextlib.nullcontext()
         return optimizer.swapped_weights()
-
-
-class _SavesAverages:
-    """Stands in for a model before a `ModelCheckpoint`: its averages are saved; all else is the model's.
-
-    Only the writing of a file may see the averages, and `ModelCheckpoint` of neither Keras has a public
-    method for that moment. Both write by `model.save` and `model.save_weights`.
-    """
-
-    def __init__(self, model, averages_in_model: Callable[[], contextlib.AbstractContextManager]):
-        self._model = model
-        self._averages_in_model = averages_in_model
-
-    def save(self, *args, **kwargs) -> None:
-        with self._averages_in_model():
-            self._model.save(*args, **kwargs)
-
-    def save_weights(self, *args, **kwargs) -> None:
-        with self._averages_in_model():
-            self._model.save_weights(*args, **kwargs)
-
-    def __getattr__(self, name: str):
-        # Copying looks for special methods, and for those below before they are there.
-        if name in ("_model", "_averages_in_model") or name.startswith("__"):
-            raise AttributeError(name)
-        return getattr(self._model, name)

@@ -15,7 +15,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Dict, Optional
+import contextlib
+from typing import Any, Callable, ContextManager, Dict, Iterator, Optional
 
 from tf_averaging import faces
 from tf_averaging import kerases
@@ -51,6 +52,60 @@ class AveragingCallback(*_CALLBACKS):  # type: ignore[misc]
         if self._given_optimizer is not None:
             return self._given_optimizer
         return faces.averaging_optimizer(self.model)
+
+
+class SavesAverages:
+    """Stands in for a model before a `ModelCheckpoint`: its averages are saved; all else is the model's.
+
+    Only the writing of a file may see the averages, and `ModelCheckpoint` of neither Keras has a public
+    method for that moment. Both write by `model.save` and `model.save_weights`.
+    """
+
+    def __init__(self, model, averages_in_model: Callable[[], ContextManager]):
+        self._model = model
+        self._averages_in_model = averages_in_model
+
+    def save(self, *args, **kwargs) -> None:
+        with self._averages_in_model():
+            self._model.save(*args, **kwargs)
+
+    def save_weights(self, *args, **kwargs) -> None:
+        with self._averages_in_model():
+            self._model.save_weights(*args, **kwargs)
+
+    def __getattr__(self, name: str):
+        # Copying looks for special methods, and for those below before they are there.
+        if name in ("_model", "_averages_in_model") or name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self._model, name)
+
+
+def hold(optimizer: AveragedOptimizerWrapper, averages: bool) -> None:
+    """Makes the model hold the averages, or the raw weights."""
+    # Before there are averages they are the weights.
+    if optimizer.has_shadow_copy and optimizer.weights_swapped != averages:
+        optimizer.swap_weights()
+
+
+@contextlib.contextmanager
+def holding(optimizer: AveragedOptimizerWrapper, averages: bool) -> Iterator[None]:
+    """A context in which the model holds the averages, or the raw weights; then what it held before."""
+    before = bool(optimizer.weights_swapped)
+    hold(optimizer, averages)
+    try:
+        yield
+    finally:
+        hold(optimizer, before)
+
+
+def check_data(name: str, data: Any, steps_name: str, steps: Optional[int]) -> None:
+    """Refuses data that are gone after one pass."""
+    if steps is None and hasattr(data, "__next__"):
+        raise ValueError(
+            f"Expected `{name}` to be data that can be read again, since that happens at the end of each "
+            f"epoch: arrays or a `tf.data.Dataset`; or, if they never end, `{steps_name}` with them. "
+            f"Received: {name}={data!r}"
+        )
 
 
 def checked_bool(name: str, value: bool) -> bool:
