@@ -152,6 +152,22 @@ def test_callback_that_wants_no_logs_is_not_waited_for():
     assert not tf_keras.callbacks.CallbackList([checkpoint])._should_call_train_batch_hooks
 
 
+@pytest.mark.parametrize("hook", ["on_train_batch_end", "on_batch_end", "on_test_batch_begin"])
+def test_hooks_that_a_callback_has_are_known(keras, hook):
+    """By the mark on those of the base class, and in tf_keras by methods."""
+    plain = keras.callbacks.Callback()
+    own = type("Own", (keras.callbacks.Callback,), {hook: lambda self, batch, logs=None: None})()
+    assert getattr(plain, hook)._is_default
+    assert not hasattr(getattr(own, hook), "_is_default")
+    if keras is tf_keras:
+        mode = "test" if "test" in hook else "train"
+        asked = [getattr(c, f"_implements_{mode}_batch_hooks")() for c in (plain, own)]
+        assert asked == [False, True]
+        for save_freq in ("epoch", 3):
+            checkpoint = keras.callbacks.ModelCheckpoint("unused", save_freq=save_freq)
+            assert checkpoint._implements_train_batch_hooks() == (save_freq == 3)
+
+
 def test_callbacks_of_one_training_share_their_parameters(keras):
     callbacks = [keras.callbacks.Callback() for _ in range(2)]
     keras.callbacks.CallbackList(callbacks, epochs=3, steps=2)

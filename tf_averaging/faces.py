@@ -157,7 +157,8 @@ def averaging_optimizer(model_or_optimizer: Any) -> Any:
     """
     found = find_averaging_optimizer(model_or_optimizer)
     if found is None:
-        optimizer = getattr(model_or_optimizer, "optimizer", model_or_optimizer)
+        is_model = isinstance(model_or_optimizer, kerases.bases("Model"))
+        optimizer = getattr(model_or_optimizer, "optimizer", None if is_model else model_or_optimizer)
         raise ValueError(
             "The model's optimizer keeps no averages. Expected one that does around the optimizer that "
             "trains: `model.compile(tf_averaging.ExponentialMovingAverage(optimizer), ...)` or "
