@@ -57,6 +57,16 @@ def place(request):
     return keras, strategy
 
 
+# For what the optimizer does, whatever the Keras.
+with_tf_keras = pytest.mark.parametrize("keras", [tf_keras])
+
+
+def cases(name, values, with_keras_3):
+    """All values with tf_keras, and some of them with Keras 3."""
+    pairs = [*((tf_keras, value) for value in values), *((keras_3, value) for value in with_keras_3)]
+    return pytest.mark.parametrize(("keras", name), pairs)
+
+
 def swa(keras, rate=0.1, start=0, **options):
     """A mean over all steps."""
     return tfav.SWA(keras.optimizers.SGD(rate), start, options.pop("average_period", 1), **options)
@@ -66,26 +76,23 @@ def ema(keras, rate=0.3, **options):
     return tfav.ExponentialMovingAverage(keras.optimizers.SGD(rate), **options)
 
 
-def compiled(place, optimizer=None, policy="float32", **options):
+def compiled(place, optimizer=None, policy="float32", batch_norm=False, **options):
     """A small model with an averaging optimizer, by default a mean over all steps.
 
     Args:
       place: a Keras, or a Keras and a strategy.
       optimizer: the model is compiled with it, or with what it returns for a Keras if it is a function.
       policy: the dtype policy.
+      batch_norm: whether there is batch normalization, whose state is not averaged by default.
       **options: for `compile`.
     """
     keras, strategy = place if isinstance(place, tuple) else (place, tf.distribute.get_strategy())
     keras.mixed_precision.set_global_policy(policy)
     with strategy.scope():
-        model = keras.Sequential(
-            [
-                keras.Input([4]),
-                keras.layers.Dense(3, activation="tanh"),
-                keras.layers.BatchNormalization(),
-                keras.layers.Dense(1, dtype="float32"),
-            ]
-        )
+        layers = [keras.layers.Dense(3, activation="tanh"), keras.layers.Dense(1, dtype="float32")]
+        if batch_norm:
+            layers.insert(1, keras.layers.BatchNormalization())
+        model = keras.Sequential([keras.Input([4]), *layers])
         optimizer = optimizer or swa
         model.compile(optimizer(keras) if callable(optimizer) else optimizer, "mse", **options)
     return model
@@ -238,7 +245,7 @@ class TestWhatHooksSee:
         results = []
         for swap_on_epoch in (None, False, True):
             place[0].utils.set_random_seed(1)
-            model = compiled(place)
+            model = compiled(place, batch_norm=True)
             callbacks = []
             if swap_on_epoch is not None:
                 callbacks = [tfav.callbacks.SwapAverageWeights(swap_on_epoch)]
@@ -259,7 +266,7 @@ class TestWhatHooksSee:
 
     @pytest.mark.parametrize("trainable_only", [True, False])
     def test_batch_norm_statistics_are_averaged_without_shadow_copy(self, keras, trainable_only):
-        model = compiled(keras, swa(keras, trainable_weights_only=trainable_only))
+        model = compiled(keras, swa(keras, trainable_weights_only=trainable_only), batch_norm=True)
         means = []
         record = functions(
             keras, on_batch_end=lambda batch, logs: means.append(model.layers[1].moving_mean.numpy())
@@ -288,7 +295,7 @@ class TestWhatHooksSee:
         assert recorder.at(*EVALUATION) == {"averages"}
         assert recorder.what() == "raw"
 
-    @pytest.mark.parametrize("options", [{"run_eagerly": True}, {"steps_per_execution": 2}])
+    @cases("options", [{"run_eagerly": True}, {"steps_per_execution": 2}], [{"steps_per_execution": 2}])
     def test_other_modes(self, keras, options):
         model = compiled(keras, **options)
         swap, held = tfav.callbacks.SwapAverageWeights(True), []
@@ -357,17 +364,17 @@ class Nested(OfBoth):
 
 
 class TestNestedEvaluation:
-    @pytest.mark.parametrize("told", [False, True])
-    @pytest.mark.parametrize(
-        "hook",
+    @cases(
+        "case",
         [
-            "on_test_begin",
-            "on_test_batch_end",
-            "on_epoch_end",
-            "on_train_batch_end",
+            (hook, told)
+            for hook in ("on_test_begin", "on_test_batch_end", "on_epoch_end", "on_train_batch_end")
+            for told in (False, True)
         ],
+        with_keras_3=[("on_test_begin", True), ("on_epoch_end", False)],
     )
-    def test_all_see_what_they_should(self, keras, hook, told):
+    def test_all_see_what_they_should(self, keras, case):
+        hook, told = case
         model, recorder = compiled(keras), Recorder()
         swap = tfav.callbacks.SwapAverageWeights(swap_on_epoch=True)
         nested = Nested(hook, [swap] if told else [])
@@ -378,7 +385,7 @@ class TestNestedEvaluation:
         assert recorder.at("test_batch_begin") == {"averages"}
         assert recorder.what() == "averages"
 
-    @pytest.mark.parametrize("swap_on_epoch", [False, True])
+    @cases("swap_on_epoch", [False, True], with_keras_3=[True])
     def test_evaluation_at_the_end_of_an_epoch_sees_what_is_in_the_model(self, keras, swap_on_epoch):
         model = compiled(keras)
         nested = Nested("on_epoch_end", [])
@@ -409,8 +416,8 @@ LEAVING = {
 }
 
 
-@pytest.mark.parametrize("leaving", LEAVING)
 class TestAfterAnEvaluationWasLeft:
+    @pytest.mark.parametrize("leaving", LEAVING)
     def test_fit_goes_on_from_the_raw_weights(self, place, leaving):
         leave, error = LEAVING[leaving]
         model, recorder = compiled(place), Recorder()
@@ -427,6 +434,7 @@ class TestAfterAnEvaluationWasLeft:
         assert first == "raw"
         assert not same(raw, recorder.raw)
 
+    @cases("leaving", LEAVING, with_keras_3=["exception"])
     def test_next_evaluation_restores(self, keras, leaving):
         leave, error = LEAVING[leaving]
         model, recorder = compiled(keras), Recorder()
@@ -438,6 +446,7 @@ class TestAfterAnEvaluationWasLeft:
         model.evaluate(X, Y, callbacks=[swap], verbose=0)
         assert recorder.what() == "raw"
 
+    @cases("leaving", LEAVING, with_keras_3=["exception"])
     def test_next_batch_heals(self, keras, leaving):
         """An evaluation inside `fit`, whose failure the caller survives."""
         leave, error = LEAVING[leaving]
@@ -455,6 +464,7 @@ class TestAfterAnEvaluationWasLeft:
         assert recorder.steps == EPOCH
         assert recorder.at("train_batch_begin") == {"raw"}
 
+    @cases("leaving", LEAVING, with_keras_3=["exception"])
     def test_swapped_weights_restores_at_once(self, keras, leaving):
         leave, error = LEAVING[leaving]
         model, recorder = compiled(keras), Recorder()
@@ -496,6 +506,7 @@ class TestBeginEpoch:
         assert model.optimizer.start_averaging == 100 + EPOCH
         assert model.optimizer.num_averaged == 2 * EPOCH
 
+    @with_tf_keras
     def test_initial_epoch(self, keras):
         model = compiled(keras)
         callbacks = [tfav.callbacks.SwapAverageWeights(begin_epoch=5)]
@@ -524,6 +535,7 @@ class TestBeginEpoch:
             assert model.optimizer.start_averaging == start
             assert model.optimizer.num_averaged == (trained + 4) * EPOCH - start
 
+    @with_tf_keras
     def test_checkpoint_loaded_after_a_step_to_build_the_model(self, keras, tmp_path):
         """The function traced for that step knows no start; `fit` traces another."""
         model = compiled(keras)
@@ -537,6 +549,7 @@ class TestBeginEpoch:
         model.fit(X, Y, initial_epoch=1, epochs=3, callbacks=[swap], **FIT)
         assert model.optimizer.num_averaged == EPOCH
 
+    @with_tf_keras
     def test_fit_again_goes_on(self, keras):
         model = compiled(keras)
         callbacks = [tfav.callbacks.SwapAverageWeights(begin_epoch=1)]
@@ -544,6 +557,7 @@ class TestBeginEpoch:
         model.fit(X, Y, epochs=1, callbacks=callbacks, **FIT)
         assert model.optimizer.num_averaged == 2 * EPOCH
 
+    @with_tf_keras
     def test_with_a_period(self, keras):
         model = compiled(keras, swa(keras, average_period=EPOCH))
         callbacks = [tfav.callbacks.SwapAverageWeights(begin_epoch=1)]
@@ -581,11 +595,13 @@ class TestBeginEpoch:
         model.fit(batches, epochs=3, callbacks=callbacks, verbose=0)
         assert model.optimizer.num_averaged == 4
 
+    @with_tf_keras
     def test_start_in_steps_too(self, keras):
         model = compiled(keras, ema(keras, start_step=7))
         with pytest.raises(ValueError, match="begin_epoch=1, and an optimizer that starts at step 7"):
             model.fit(X, Y, epochs=3, callbacks=[tfav.callbacks.SwapAverageWeights(begin_epoch=1)], **FIT)
 
+    @with_tf_keras
     def test_averaging_has_begun(self, keras):
         model = compiled(keras)
         model.fit(X, Y, **FIT)
@@ -601,8 +617,9 @@ def warnings(monkeypatch):
     return logged
 
 
-@pytest.mark.parametrize(("start", "warned"), [(2 * EPOCH - 1, False), (2 * EPOCH, True)])
-def test_start_beyond_the_training_is_a_warning(keras, warnings, start, warned):
+@cases("start", [2 * EPOCH - 1, 2 * EPOCH], with_keras_3=[2 * EPOCH])
+def test_start_beyond_the_training_is_a_warning(keras, warnings, start):
+    warned = start == 2 * EPOCH
     model = compiled(keras, swa(keras, start=start))
     model.fit(X, Y, epochs=2, callbacks=[tfav.callbacks.SwapAverageWeights()], **FIT)
     assert warnings == (
@@ -669,10 +686,8 @@ class TestErrors:
 class TestResume:
     """From files written while the averages were in the model."""
 
-    @pytest.mark.parametrize("format_", ["keras", "checkpoint", "h5"])
+    @cases("format_", ["keras", "checkpoint", "h5"], with_keras_3=["keras"])
     def test_goes_on_from_the_raw_weights(self, keras, tmp_path, format_):
-        if keras is keras_3 and format_ == "h5":
-            pytest.skip("Keras 3 keeps no optimizer state in it")
         model, recorder = compiled(keras), Recorder()
         swap = tfav.callbacks.SwapAverageWeights(swap_on_epoch=True)
         model.fit(X, Y, epochs=2, callbacks=[swap, recorder], **FIT)
@@ -700,7 +715,7 @@ class TestResume:
 
     def test_evaluation_of_a_loaded_model_that_averages_its_statistics(self, keras, tmp_path):
         """Their averages wait in the optimizer until it is told of the model."""
-        model = compiled(keras, swa(keras, trainable_weights_only=False))
+        model = compiled(keras, swa(keras, trainable_weights_only=False), batch_norm=True)
         model.fit(X, Y, callbacks=[tfav.callbacks.SwapAverageWeights()], **FIT)
         with model.optimizer.swapped_weights():
             expected = [variable.numpy() for variable in model.variables]
@@ -714,7 +729,7 @@ class TestResume:
         assert same(seen[0], expected)
         assert not same(seen[0], [variable.numpy() for variable in loaded.variables])
 
-    @pytest.mark.parametrize("order", ["before", "after"])
+    @cases("order", ["before", "after"], with_keras_3=["after"])
     def test_backup_and_restore(self, keras, tmp_path, order):
         """A training that is interrupted and run again is the training that was not."""
         results = []
@@ -819,9 +834,9 @@ class TestAverageModelCheckpoint:
                 compiled(keras).fit(X, Y, callbacks=[checkpoint], **FIT)
                 assert bool(list(tmp_path.glob(f"{path.name}*"))) == is_written
 
-    @pytest.mark.parametrize("swap_on_epoch", [False, True])
+    @cases("swap_on_epoch", [False, True], with_keras_3=[True])
     def test_best_is_the_best_average(self, keras, tmp_path, swap_on_epoch):
-        model = compiled(keras, ema(keras))
+        model = compiled(keras, ema(keras), batch_norm=True)
         path = tmp_path / "best.keras"
         checkpoint = tfav.callbacks.AverageModelCheckpoint(False, str(path), save_best_only=True)
         assert checkpoint.best is None
@@ -883,7 +898,7 @@ class TestAverageModelCheckpoint:
         assert recorder.what() == "raw"
 
 
-@pytest.mark.parametrize("wrap", [lambda keras, optimizer: optimizer, scaled], ids=["", "scaled"])
+@cases("wrap", [lambda keras, optimizer: optimizer, scaled], with_keras_3=[scaled])
 def test_optimizer_that_the_model_is_not_compiled_with(keras, tmp_path, wrap):
     """It is told of the weights by hand."""
     model = compiled(keras, "sgd")
@@ -916,7 +931,7 @@ class TestOtherCallbacks:
     """Those that people use already, beside ours."""
 
     def test_early_stopping_keeps_the_best_averages(self, keras):
-        model = compiled(keras, ema(keras))
+        model = compiled(keras, ema(keras), batch_norm=True)
         swap = tfav.callbacks.SwapAverageWeights(swap_on_epoch=True)
         stop = keras.callbacks.EarlyStopping("val_loss", patience=2, restore_best_weights=True)
         fit = {"validation_data": (X, Y), "callbacks": [swap, stop], **FIT}

@@ -43,7 +43,7 @@ HOOKS = [
 IN_BATCHES = [hook for hook in HOOKS if "batch" in hook]
 
 
-@pytest.fixture(params=["keras", "tf_keras", "tf_keras-mirrored"])
+@pytest.fixture(params=["keras", "tf_keras-mirrored"])
 def place(request):
     """A Keras and a strategy: both Kerases, and two replicas where they take little time."""
     return place_named(request.param, request)
@@ -164,9 +164,7 @@ def scalars(directory, tag):
     return [found[step] for step in sorted(found)]
 
 
-@pytest.mark.parametrize(
-    ("where", "order"), [("keras", 1), ("keras", -1), ("tf_keras", -1), ("tf_keras-mirrored", 1)]
-)
+@pytest.mark.parametrize(("where", "order"), [("keras", 1), ("tf_keras", -1), ("tf_keras-mirrored", 1)])
 def test_all_agree_inside_in_any_order(request, tmp_path, where, order):
     keras, _ = place = place_named(where, request)
     model, recorder = new_model(place), Recorder()
@@ -174,7 +172,6 @@ def test_all_agree_inside_in_any_order(request, tmp_path, where, order):
     inner = [
         keras.callbacks.EarlyStopping("val_loss", patience=2, restore_best_weights=True),
         keras.callbacks.ModelCheckpoint(str(tmp_path / "best.keras"), save_best_only=True),
-        keras.callbacks.ModelCheckpoint(str(tmp_path / "{epoch}.keras")),
         keras.callbacks.ReduceLROnPlateau("val_loss", factor=0.1, patience=1, min_delta=0),
         keras.callbacks.TensorBoard(tmp_path / "board", write_graph=False),
         SaveBest(tmp_path / "tuner.weights.h5"),
@@ -187,7 +184,8 @@ def test_all_agree_inside_in_any_order(request, tmp_path, where, order):
     history = model.fit(**DATA, epochs=30, callbacks=[recorder, swap, after]).history
     # All hooks inside see the averages; outside training sees the raw weights.
     assert set(HOOKS) - set(witness.seen) == {hook for hook in HOOKS if "predict" in hook}
-    assert witness.all() == {"averages"} or (witness.all() - {"averages"} == {"neither"} and order == 1)
+    witness.seen.pop("on_train_end")  # EarlyStopping may have restored those of the best epoch before.
+    assert witness.all() == {"averages"}
     assert after.seen["on_train_batch_begin"] | after.seen["on_train_batch_end"] <= {"raw", "same"}
     assert after.seen["on_epoch_end"] == {"averages"}
     # The history is that of the averages, and of the raw weights beside it.
@@ -198,7 +196,7 @@ def test_all_agree_inside_in_any_order(request, tmp_path, where, order):
     best = int(np.argmin(losses))
     assert 1 <= best == len(losses) - 3
     # Files and the model are those of the best epoch.
-    for name in ("best.keras", "tuner.weights.h5", "ours.keras", f"{best + 1}.keras"):
+    for name in ("best.keras", "tuner.weights.h5", "ours.keras"):
         assert_close(loaded(keras, tmp_path / name), recorder.epochs[best][1])
     assert_close(values(model.trainable_variables), recorder.epochs[best][1])
     assert model.optimizer.weights_swapped
@@ -258,7 +256,7 @@ def test_outside_each_sees_what_its_place_says(place, tmp_path):
     )
 
 
-@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize(("keras", "inside"), [(keras_3, False), (keras_3, True), (tf_keras, True)])
 def test_backup_and_restore(keras, tmp_path, inside):
     """A training that is interrupted and run again is the training that was not."""
     results = []
@@ -407,7 +405,16 @@ class TestLoadedWeights:
 
 
 class TestRawWeights:
-    @pytest.mark.parametrize("order", ["before", "after", "after, swapped", "inside"])
+    @pytest.mark.parametrize(
+        ("keras", "order"),
+        [
+            (keras_3, "before"),
+            (keras_3, "after"),
+            (keras_3, "inside"),
+            (tf_keras, "after, swapped"),
+            (tf_keras, "inside"),
+        ],
+    )
     def test_results_wherever_it_stands(self, keras, order):
         model, recorder = new_model(keras), Recorder()
         raw = tfav.callbacks.EvaluateRawWeights(X, VALIDATION_Y, batch_size=len(X))
@@ -536,7 +543,7 @@ class TestBatchNorm:
             trained[-1] += values(model.trainable_variables)
         assert_same_bits(*trained)
 
-    @pytest.mark.parametrize("swap_on_epoch", [False, True])
+    @pytest.mark.parametrize(("keras", "swap_on_epoch"), [(keras_3, True), (tf_keras, False)])
     def test_validation_and_the_end_of_fit(self, keras, passes, swap_on_epoch):
         model, statistics = new_model(keras, batch_norm=True), Statistics()
         data = tf.data.Dataset.from_tensor_slices(X).batch(8).repeat()
