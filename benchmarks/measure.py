@@ -155,16 +155,20 @@ def first_calls(makers: Dict[str, Callable]) -> Dict[str, object]:
     for _ in range(1 if FLAGS.quick else 2):
         for name, make in makers.items():
             gc.freeze()  # So that nobody's first step pays for a look at what the others have left.
-            made = []
-            time_call(
-                "first_step", name, lambda make=make, made=made: made.append(make()) or made[0].step()
-            )
-            if made[0].swap is not None:
-                time_call("first_swap", name, made[0].swap)
-                made[0].swap()
-            if made[0].assign is not None:
-                time_call("first_assign", name, made[0].assign)
-            made.clear()
+            start = time.perf_counter()
+            one = make()
+            one.step()
+            note("first_step", name, start)
+            if one.swap is not None:
+                start = time.perf_counter()
+                one.swap()
+                note("first_swap", name, start)
+                one.swap()
+            if one.assign is not None:
+                start = time.perf_counter()
+                one.assign()
+                note("first_assign", name, start)
+            del one
             gc.unfreeze()
             gc.collect()  # What is frozen is never freed, and an embedding is a gigabyte.
     return {
