@@ -31,6 +31,11 @@ DECAYS = {
         tfav.schedules.WarmUpDecay(0.9999),
         lambda s: min(0.9999, (1 + s) / (10 + s)),
     ),
+    "debiased": (
+        tfav.schedules.DebiasedDecay(0.999),
+        lambda s: 1 - 1 / math.fsum(0.999**i for i in range(min(s, 10**5) + 1)),
+    ),
+    "debiased plain mean": (tfav.schedules.DebiasedDecay(1.0), lambda s: 1 - 1 / (s + 1)),
     "momentum annealing": (
         tfav.schedules.MomentumAnnealingDecay(momentum=2e-4, gamma=100),
         lambda s: 1 - max(2e-4, 100 / (100 + s)),
@@ -155,6 +160,20 @@ def test_warm_up_is_dynamic_decay():
             optimizer.apply_gradients([(tf.constant(-float(step)), variable)])
         results.append(optimizer.get_slot(variable, "average").numpy())
     assert results[0] == results[1]
+
+
+@pytest.mark.parametrize(("steps", "period"), [(1, 1), (1000, 1), (2.5, 1), (100, 7)])
+def test_half_life(steps, period):
+    np.testing.assert_allclose(
+        tfav.schedules.half_life(steps, period) ** (steps / period), 0.5, rtol=1e-12
+    )
+
+
+def test_half_life_of_nothing():
+    with pytest.raises(ValueError, match="Expected `steps` > 0"):
+        tfav.schedules.half_life(0)
+    with pytest.raises(TypeError, match="`average_period` to be an int"):
+        tfav.schedules.half_life(10, 2.0)
 
 
 def test_power_function_decay_averages_with_a_power_of_the_step():

@@ -30,6 +30,7 @@ from tf_averaging.core.status import NEVER
 from tf_averaging.core.status import NOT_SET
 from tf_averaging.core.status import check_others
 from tf_averaging.core.status import check_program_order
+from tf_averaging.core.variables import VariableMap
 from tf_averaging.core.variables import VariableSelection
 from tf_averaging.core.variables import after
 
@@ -93,15 +94,18 @@ class Updates:
         step = steps_taken()
         due = self.is_due(step, moves_weights)
         assert self.averages.status is not None
+        trained = VariableMap((v, None) for v in core_variables.averageable(variables))
         with after(self.averages.status.check_not_swapped()):
             begun: List[tf.Tensor] = []
             if due is not False:
-                begun = self.averages.once(lambda: self._begin(due))
+                begun = self.averages.once(lambda: self._begin(due, trained))
             with after(*begun):
                 result = take_step(_waiting(gradients))
         if due is not False:
             with after(result):
-                self.averages.once(lambda: self._fold(due, step, self.averaging_weight, self.average_op))
+                self.averages.once(
+                    lambda: self._fold(due, step, self.averaging_weight, self.average_op, trained)
+                )
         return result
 
     def by_hand(self, weight: Any, step: tf.Tensor) -> None:
@@ -189,7 +193,7 @@ class Updates:
 
     # Before a step.
 
-    def _begin(self, due: Union[bool, tf.Tensor]) -> List[tf.Tensor]:
+    def _begin(self, due: Union[bool, tf.Tensor], trained: VariableMap) -> List[tf.Tensor]:
         """An average whose first update is due begins from the weights before the step.
 
         This happens once, so a step does not look for it where that can be helped: while a step is traced
@@ -209,9 +213,18 @@ class Updates:
         with tf.init_scope():
             averages.refresh()
             is_done = averages.have_values()
+        # The others' first weight is 1, which `average_op` knows nothing of.
+        is_done = is_done and (self.average_op is None or not any(self._not_among(trained)))
         if is_done and (due is True or self._follows_weights()):
             return []
         return self._begin_now(due)
+
+    def _not_among(self, trained: VariableMap) -> List[bool]:
+        """For each average whether the step does not train its variable, but something else before it.
+
+        Statistics of BatchNormalization, for example, change in the forward pass.
+        """
+        return [slots.variable not in trained for slots in self.averages.averaged()]
 
     def _follows_weights(self) -> bool:
         """Whether averages that hold no updates are set to the weights by every step.
@@ -262,18 +275,22 @@ class Updates:
 
     # After a step.
 
-    def _fold(self, due, step: tf.Tensor, averaging_weight, average_op) -> None:
+    def _fold(self, due, step: tf.Tensor, averaging_weight, average_op, trained=None) -> None:
         """Folds the current weights into the averages, if an update is due, and counts it."""
         averages, status = self.averages, self.averages.status
         pairs, places = averages.pairs()
+        begins_here = [] if trained is None or tf.executing_eagerly() else self._not_among(trained)
 
         def weights() -> tf.Tensor:
             with status.device():
                 updates = status.updates()
                 steps = updates if self.period is None else status.steps(step)
                 weight = _checked_weight(averaging_weight(steps, updates), updates.shape)
+                empty = tf.equal(updates, 0)
+                if any(begins_here):
+                    weight = tf.where(tf.logical_and(empty, begins_here), tf.ones([], tf.float64), weight)
                 if due is not True and self._follows_weights():
-                    weight = tf.where(due, weight, tf.cast(tf.equal(updates, 0), tf.float64))
+                    weight = tf.where(due, weight, tf.cast(empty, tf.float64))
                 return for_each_pair(tf.broadcast_to(weight, tf.shape(updates)), places)
 
         def new_value(place, value, average) -> tf.Tensor:
