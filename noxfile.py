@@ -38,6 +38,7 @@ CLIENTS = {
     "tf-agents": ("agents_dqn", "2.16", ["tf-agents==0.19.*"]),
     "keras-tuner": ("tuner_search", "2.21", ["keras-tuner==1.4.*", "tensorboard==2.21.*"]),
     "model-optimization": ("model_optimization", "2.21", ["tensorflow-model-optimization==0.8.*"]),
+    "tf-models": ("models_trainer", "2.20", ["tf-models-official==2.20.*"]),
     "keras-hub": ("hub_bert", "2.21", ["keras-hub==0.32.*"]),
 }
 WITH_KERAS_3 = ("keras-tuner", "keras-hub")

@@ -23,8 +23,9 @@ from typing import List, NamedTuple
 ROOT = pathlib.Path(__file__).absolute().parent.parent
 GUIDES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
-# What a fence may say. `python before` is code of another library, which is compiled and not run.
-LANGUAGES = {"python", "python before", "sh", "text"}
+# What a fence may say. `python before` is code of another library, which is compiled and not run;
+# `python client` is code for another library, which a script of tests/clients runs.
+LANGUAGES = {"python", "python before", "python client", "sh", "text"}
 
 
 class Block(NamedTuple):
