@@ -22,11 +22,16 @@ import tf_keras
 from absl import logging
 
 import tf_averaging as tfav
+from tests.testing_utils import assert_same_bits
+from tests.testing_utils import average_without_training
+from tests.testing_utils import loss_scaled
+from tests.testing_utils import read_all
 from tf_averaging import kerases
 
 RNG = np.random.default_rng(0)
 X = (RNG.normal(size=(70, 3)) * [1.0, 20.0, 0.1] + [0.0, -300.0, 5.0]).astype(np.float32)
 IMAGES = (RNG.normal(size=(21, 4, 5, 2)) * [3.0, 0.2] + [7.0, -1.0]).astype(np.float32)
+# Keras 3 has neither several axes nor virtual batches.
 TF_KERAS_ONLY = pytest.mark.parametrize("keras", [tf_keras], ids=["tf_keras"])
 
 
@@ -111,7 +116,8 @@ class TestEqualsNumPy:
         dtype = model.layers[0].compute_dtype
         expect_statistics(model.layers[0], tf.cast(tf.cast(x, dtype), tf.float64).numpy())
 
-    def test_mask(self, keras):
+    @pytest.mark.parametrize("over_time", [False, True])
+    def test_mask(self, keras, over_time):
         """Padding does not count, as it does not in training."""
         lengths = RNG.integers(1, 6, size=23)
         x = RNG.normal(size=(23, 5, 2)).astype(np.float32) + 3.0
@@ -119,17 +125,60 @@ class TestEqualsNumPy:
             sequence[length:] = 0.0
         inputs = keras.Input([5, 2])
         masked = keras.layers.Masking()(inputs)
-        model = keras.Model(inputs, keras.layers.BatchNormalization()(masked))
+        layer = keras.layers.BatchNormalization()
+        outer = keras.layers.TimeDistributed(layer) if over_time else layer
+        model = keras.Model(inputs, outer(masked))
         tfav.update_batch_norm(model, x, verbose=0)
         kept = np.concatenate([sequence[:length] for sequence, length in zip(x, lengths)])
-        expect_statistics(model.layers[-1], kept)
+        expect_statistics(layer, kept)
 
-    def test_layers_upstream_are_in_training_mode(self, keras):
+    @pytest.mark.parametrize("unroll", [False, True])
+    def test_cell_of_a_recurrent_layer(self, keras, unroll):
+        """Unless it unrolls, Keras calls the cell twice for the first time step, also in training."""
+
+        class Cell(keras.layers.Layer):
+            state_size = output_size = 2
+
+            def __init__(self):
+                super().__init__()
+                self.norm = keras.layers.BatchNormalization()
+
+            def build(self, input_shape):
+                self.norm.build(input_shape)
+
+            def call(self, inputs, states, training=None):
+                return self.norm(inputs, training=training), states
+
+        cell = Cell()
+        x = RNG.normal(size=(23, 4, 2)) + np.arange(4)[:, None]
+        model = keras.Sequential([keras.Input([4, 2]), keras.layers.RNN(cell, unroll=unroll)])
+        tfav.update_batch_norm(model, x, verbose=0)
+        got = x if unroll else np.concatenate([x[:, :1], x], axis=1)
+        expect_statistics(cell.norm, got.astype(np.float32), axes=(0, 1))
+
+    def test_spectral_normalization(self, keras, monkeypatch):
+        """The kernel is the one that evaluation uses, and stays as it is."""
+        # That of tf_keras asks `tf.keras` for it, which is Keras 3 here.
+        monkeypatch.setattr(tf.keras.layers, "InputSpec", keras.layers.InputSpec)
+        dense = keras.layers.Dense(2)
+        layers = [keras.layers.SpectralNormalization(dense), keras.layers.BatchNormalization()]
+        model = keras.Sequential([keras.Input([3]), *layers])
+        dense.kernel.assign(5.0 * dense.kernel)
+        before = state(layers[0])
+        tfav.update_batch_norm(model, X, verbose=0)
+        expect_statistics(layers[1], X.astype(np.float64) @ dense.kernel.numpy())
+        assert same(state(layers[0]), before)
+
+    @pytest.mark.parametrize("renorm", [False, True])
+    def test_layers_upstream_are_in_training_mode(self, keras, renorm):
         """They normalize by the batch, so what comes after them depends on the batches."""
+        if renorm and not knows_renorm(keras):
+            pytest.skip("this Keras has no renorm")
+        options = {"renorm": True} if renorm else {}
         model = keras.Sequential(
             [
                 keras.Input([3]),
-                keras.layers.BatchNormalization(epsilon=1e-9),
+                keras.layers.BatchNormalization(epsilon=1e-9, **options),
                 keras.layers.Dense(2, activation="relu"),
                 keras.layers.BatchNormalization(),
             ]
@@ -324,13 +373,17 @@ def counting(keras, fail):
             self.calls = self.add_weight(name="calls", shape=[], dtype="int64", trainable=False)
             self.scale = self.add_weight(name="scale", shape=[3])
             self.metric = keras.metrics.Mean(name="seen")
+            self.own, self.module = tf.Variable(0.0, trainable=False), tf.Module()
+            self.module.own = tf.Variable(0.0, trainable=False)
 
         def call(self, inputs, training=False):
             if fail:
                 tf.debugging.assert_less(self.calls, tf.constant(1, tf.int64), "told to")
             if training:
                 self.calls.assign_add(1)
-                self.scale.assign(self.scale * 2.0)  # As `SpectralNormalization` does.
+                self.scale.assign(self.scale * 2.0)
+                for variable in (self.own, self.module.own):  # Keras 3 does not know these.
+                    variable.assign_add(1.0)
             self.metric.update_state(inputs)
             return inputs
 
@@ -358,8 +411,10 @@ class TestEverythingElseIsAsBefore:
         model = self.model(keras)
 
         def values():
+            counting = model.layers[1]
+            own = {"own": counting.own.numpy(), "module": counting.module.own.numpy()}
             variables = [*model.variables, *model.optimizer.variables]
-            return {getattr(v, "path", v.name): v.numpy() for v in variables}
+            return {**own, **{getattr(v, "path", v.name): v.numpy() for v in variables}}
 
         before, metrics = values(), model.get_metrics_result()
         flags = [(layer.trainable, getattr(layer, "momentum", None)) for layer in model.layers]
@@ -453,65 +508,57 @@ class TestLayersThatTrainingLeavesAlone:
         assert len(warnings) == (not is_trained)
 
 
-def trained(strategy, wrap=lambda optimizer: optimizer, **options):
-    """A model whose averages differ from its weights, and the names of things in it."""
-    with strategy.scope():
-        model = tf_keras.Sequential(
-            [
-                tf_keras.layers.Dense(2, input_shape=(3,), activation="tanh"),
-                tf_keras.layers.BatchNormalization(momentum=0.5),
-                tf_keras.layers.Dense(1),
-            ]
-        )
-        optimizer = tfav.SWA(tf_keras.optimizers.SGD(0.1), 0, 1, **options)
-        model.compile(wrap(optimizer), "mse")
-    optimizer.shadow_copy(model)
-    model.fit(X / 300, X[:, 0], epochs=2, verbose=0)
-    return model, optimizer, model.layers[1]
+def averaged(keras, strategy=None, wrap=lambda optimizer: optimizer, **options):
+    """A model whose averages differ from its weights, compiled unless `wrap` is None; its parts."""
+    with (strategy or tf.distribute.get_strategy()).scope():
+        layer = keras.layers.BatchNormalization(momentum=0.5)
+        hidden_layer = keras.layers.Dense(2, activation="tanh")
+        model = keras.Sequential([keras.Input([3]), hidden_layer, layer, keras.layers.Dense(1)])
+        optimizer = tfav.SWA(keras.optimizers.SGD(0.1), 0, 1, **options)
+        if wrap is not None:
+            model.compile(wrap(optimizer), "mse")
+        average_without_training(model, optimizer)
+    return model, optimizer, layer
 
 
-def hidden(model):
+def hidden(model, x=X / 300):
     kernel, bias = model.layers[0].get_weights()
-    return np.tanh(X.astype(np.float64) / 300 @ kernel + bias)
+    return np.tanh(x.astype(np.float64) @ kernel + bias)
 
 
 class TestWhileSwapped:
     @pytest.mark.parametrize("wrapped", [False, True])
-    def test_statistics_belong_to_the_averages(self, strategy, wrapped):
-        wrap = tf_keras.mixed_precision.LossScaleOptimizer if wrapped else lambda optimizer: optimizer
-        with strategy.scope():
-            model, optimizer, layer = trained(strategy, wrap)
-        raw = statistics(layer)
-        own = [[c.numpy() for c in getattr(v, "values", [v])] for v in layer.non_trainable_variables]
+    def test_statistics_belong_to_the_averages(self, keras, strategy, wrapped):
+        wrap = (
+            (lambda optimizer: loss_scaled(optimizer, keras)) if wrapped else lambda optimizer: optimizer
+        )
+        model, optimizer, layer = averaged(keras, strategy, wrap)
+        raw = read_all(layer.non_trainable_variables)  # Each replica's own.
         with optimizer.swapped_weights():
             tfav.update_batch_norm(model, X / 300, verbose=0)
             expect_statistics(layer, hidden(model))
             recomputed = statistics(layer)
-        assert not same(raw, recomputed)
-        assert same(statistics(layer), raw)
-        again = [[c.numpy() for c in getattr(v, "values", [v])] for v in layer.non_trainable_variables]
-        assert all(same(a, b) for a, b in zip(own, again))  # Each replica's own.
+        assert_same_bits(read_all(layer.non_trainable_variables), raw)
         with optimizer.swapped_weights():
             assert same(statistics(layer), recomputed)
         assert same(optimizer.get_slot(layer.moving_mean, "average").numpy(), recomputed[0])
 
-    def test_they_are_never_folded(self, strategy):
-        model, optimizer, layer = trained(strategy)
+    def test_they_are_never_folded(self, keras, strategy):
+        model, optimizer, layer = averaged(keras, strategy)
         with optimizer.swapped_weights():
             tfav.update_batch_norm(model, X / 300, verbose=0)
             recomputed = statistics(layer)
         raw = statistics(layer)
-        model.train_function = None
-        model.fit(X / 300, X[:, 0], epochs=2, verbose=0)
+        model.fit(X / 300, X[:, 0], batch_size=70, verbose=0)
         assert not same(statistics(layer), raw)
-        with optimizer.swapped_weights():
-            assert same(statistics(layer), recomputed)
-            tfav.update_batch_norm(model, X / 300, verbose=0)  # Again, for the new averages.
-            expect_statistics(layer, hidden(model))
+        with pytest.warns(UserWarning, match="averages with 3 updates, and the averages hold 4 by now"):
+            optimizer.swap_weights()
+        assert same(statistics(layer), recomputed)
+        tfav.update_batch_norm(model, X / 300, verbose=0)  # Again, for the new averages.
+        expect_statistics(layer, hidden(model))
 
-    def test_before_the_first_update_too(self):
-        with tf.distribute.get_strategy().scope():
-            model, optimizer, layer = trained(tf.distribute.get_strategy())
+    def test_before_the_first_update_too(self, keras):
+        model, optimizer, layer = averaged(keras)
         optimizer.reset_averages()
         with optimizer.swapped_weights():
             tfav.update_batch_norm(model, X / 300, verbose=0)
@@ -519,48 +566,36 @@ class TestWhileSwapped:
         with optimizer.swapped_weights():
             assert same(statistics(layer), recomputed)
 
-    def test_statistics_for_raw_weights_stay_theirs(self):
-        model, optimizer, layer = trained(tf.distribute.get_strategy())
-        tfav.update_batch_norm(model, X / 300, verbose=0)
-        expect_statistics(layer, hidden(model))
-        raw = statistics(layer)
-        with optimizer.swapped_weights():
-            assert same(statistics(layer), raw)  # No other are known.
-        assert "exchanged" not in [slots.kind for slots in optimizer._averages.slots.values()]
-
-    def test_averaged_statistics_are_set_and_go_on_being_averaged(self):
-        model, optimizer, layer = trained(tf.distribute.get_strategy(), trainable_weights_only=False)
+    def test_averaged_statistics_are_set_and_go_on_being_averaged(self, keras):
+        model, optimizer, layer = averaged(keras, trainable_weights_only=False)
         raw = statistics(layer)
         with optimizer.swapped_weights():
             tfav.update_batch_norm(model, X / 300, verbose=0)
             recomputed = statistics(layer)
         assert same(statistics(layer), raw)
-        count = int(optimizer.num_averaged)
         model.fit(X / 300, X[:, 0], batch_size=70, verbose=0)
-        expected = recomputed[0] + (statistics(layer)[0] - recomputed[0]) / (count + 1)
+        expected = recomputed[0] + (statistics(layer)[0] - recomputed[0]) / 4
         np.testing.assert_allclose(
             optimizer.get_slot(layer.moving_mean, "average").numpy(), expected, rtol=1e-5
         )
 
     @pytest.mark.parametrize("late", [False, True])
-    def test_checkpoint(self, tmp_path, late):
+    def test_checkpoint(self, keras, tmp_path, late):
         """Saved in either state, the statistics of both come back and are still not folded."""
         for swapped in (False, True):
-            model, optimizer, layer = trained(tf.distribute.get_strategy())
+            model, optimizer, layer = averaged(keras)
+            checkpoint = tf.train.Checkpoint(model=model, optimizer=optimizer)
             raw = statistics(layer)
             with optimizer.swapped_weights():
                 tfav.update_batch_norm(model, X / 300, verbose=0)
                 recomputed = statistics(layer)
-                if swapped:
-                    model.save_weights(tmp_path / "checkpoint")
+                path = checkpoint.save(tmp_path / "swapped")
             if not swapped:
-                model.save_weights(tmp_path / "checkpoint")
-            tf_keras.utils.set_random_seed(5)
-            model, optimizer, layer = trained(tf.distribute.get_strategy())
-            if not late:
-                optimizer = tfav.SWA(tf_keras.optimizers.SGD(0.1), 0, 1)
-                model.compile(optimizer, "mse")
-            model.load_weights(tmp_path / "checkpoint")
+                path = checkpoint.save(tmp_path / "raw")
+            model, optimizer, layer = averaged(keras)
+            if late:
+                optimizer = tfav.SWA(keras.optimizers.SGD(0.1), 0, 1)
+            tf.train.Checkpoint(model=model, optimizer=optimizer).restore(path)
             optimizer.shadow_copy(model)
             assert optimizer.weights_swapped == swapped
             assert same(statistics(layer), recomputed if swapped else raw)
@@ -568,29 +603,138 @@ class TestWhileSwapped:
             assert same(statistics(layer), raw if swapped else recomputed)
             if not swapped:
                 optimizer.swap_weights()
-            model.fit(X / 300, X[:, 0], verbose=0)
+            optimizer.update_average()
             optimizer.swap_weights()
             assert same(statistics(layer), recomputed)
 
 
+class TestRawWeights:
+    @pytest.mark.parametrize("compiled", [True, False])
+    def test_whose_statistics_change_is_said(self, keras, recwarn, compiled):
+        model, optimizer, layer = averaged(keras, **({} if compiled else {"wrap": None}))
+        expected = r"changes their statistics. The averages have none of their own and use these too"
+        with pytest.warns(UserWarning, match=expected) as caught:
+            tfav.update_batch_norm(model, X / 300, verbose=0)
+        assert [w.filename for w in caught if "raw weights" in str(w.message)] == [__file__]
+        expect_statistics(layer, hidden(model))
+        raw = statistics(layer)
+        recwarn.clear()
+        with optimizer.swapped_weights():
+            assert same(statistics(layer), raw)
+            tfav.update_batch_norm(model, X / 300, verbose=0, optimizer=optimizer)
+            recomputed = statistics(layer)
+        assert not [w for w in recwarn if "raw weights" in str(w.message)]
+        with pytest.warns(UserWarning, match="The averages keep their own"):
+            tfav.update_batch_norm(model, X / 300 + 1, verbose=0)
+        expect_statistics(layer, hidden(model, X / 300 + 1))
+        with optimizer.swapped_weights():
+            assert same(statistics(layer), recomputed)
+
+    def test_nothing_is_said_where_averages_are_the_weights(self, keras, recwarn):
+        model, optimizer, layer = averaged(keras)
+        optimizer.reset_averages()
+        tfav.update_batch_norm(model, X / 300, verbose=0)
+        assert not [w for w in recwarn if "raw weights" in str(w.message)]
+
+
+class TestOptimizerOfAModelThatIsNotCompiled:
+    @pytest.mark.parametrize("compiled_with", [None, "sgd"])
+    def test_statistics_belong_to_the_averages(self, keras, strategy, compiled_with):
+        wrap = None if compiled_with is None else lambda optimizer: compiled_with
+        model, optimizer, layer = averaged(keras, strategy, wrap)
+        raw = read_all(layer.non_trainable_variables)
+        with optimizer.swapped_weights():
+            with pytest.raises(ValueError, match="Expected that optimizer as `optimizer`"):
+                tfav.update_batch_norm(model, X / 300, verbose=0)
+            outer = loss_scaled(optimizer, keras)
+            tfav.update_batch_norm(model, X / 300, verbose=0, optimizer=outer)
+            expect_statistics(layer, hidden(model))
+            recomputed = statistics(layer)
+        assert_same_bits(read_all(layer.non_trainable_variables), raw)
+        with optimizer.swapped_weights():
+            assert same(statistics(layer), recomputed)
+
+    def test_one_that_averages_nothing_of_the_model(self, keras):
+        model, _, layer = averaged(keras)
+        before = statistics(layer)
+        for optimizer, expected in [
+            (averaged(keras)[1], "averages of other variables only"),
+            (keras.optimizers.SGD(), "keeps no averages"),
+        ]:
+            with pytest.raises(ValueError, match=expected):
+                tfav.update_batch_norm(model, X, verbose=0, optimizer=optimizer)
+        assert same(statistics(layer), before)
+
+
+class TestForward:
+    def data(self):
+        return tf.data.Dataset.from_tensor_slices({"x": X / 300, "shift": X[:, :1]}).batch(16)
+
+    @pytest.mark.parametrize("as_function", [False, True])
+    def test_batches_are_what_the_data_hold(self, keras, strategy, as_function):
+        model, _, layer = averaged(keras, strategy, wrap=None)
+
+        def forward(model, batch):
+            return model(batch["x"] + batch["shift"], training=True)
+
+        if as_function:
+            forward = tf.function(forward)
+            strategy.run(forward, args=(model, next(iter(self.data()))))  # It has been traced.
+        with pytest.warns(UserWarning, match="raw weights"):
+            tfav.update_batch_norm(model, self.data(), verbose=0, forward=forward)
+        expect_statistics(layer, hidden(model, X.astype(np.float64) / 300 + X[:, :1]))
+
+    def test_method_that_is_a_function(self, keras):
+        class Model(keras.Model):
+            def __init__(self):
+                super().__init__()
+                self.norm = keras.layers.BatchNormalization()
+
+            def call(self, inputs, training=None):
+                return self.norm(inputs, training=training)
+
+            @tf.function
+            def encode(self, inputs):
+                return self(inputs["x"] + 1.0, training=True)
+
+        model = Model()
+        model.encode(next(iter(self.data())))
+        tfav.update_batch_norm(
+            model, self.data(), verbose=0, forward=lambda model, batch: model.encode(batch)
+        )
+        expect_statistics(model.norm, X / 300 + 1.0)
+        assert "encode" not in vars(model)
+
+    def test_inference_mode_is_said(self, keras, warnings):
+        model = normalizing(keras)
+        tfav.update_batch_norm(model, X, verbose=0, forward=lambda model, batch: None)
+        assert "not called in training mode" in warnings[0]
+        with pytest.raises(TypeError, match="Expected `forward` to be a function.*Received: 3"):
+            tfav.update_batch_norm(model, X, verbose=0, forward=3)
+
+
 @pytest.mark.parametrize("suffix", ["keras", "h5"])
-def test_file_written_while_swapped_is_ready_for_use(tmp_path, suffix):
-    model, optimizer, layer = trained(tf.distribute.get_strategy())
+def test_file_written_while_swapped_is_ready_for_use(keras, tmp_path, suffix):
+    model, optimizer, _ = averaged(keras)
+    model.train_on_batch(X / 300, X[:, :1])
     raw = [v.numpy() for v in model.trainable_variables]
     with optimizer.swapped_weights():
         tfav.update_batch_norm(model, X / 300, verbose=0)
         before = state(model)
         model.save(tmp_path / f"model.{suffix}")
-    loaded = tf_keras.models.load_model(tmp_path / f"model.{suffix}")
+    has_optimizer = suffix == "keras" or keras is tf_keras
+    loaded = keras.models.load_model(tmp_path / f"model.{suffix}", compile=has_optimizer)
     assert same(state(loaded), before)
-    loaded.optimizer.swap_weights()
-    assert same([v.numpy() for v in loaded.trainable_variables], raw)
+    if has_optimizer:
+        loaded.optimizer.swap_weights()
+        assert same([v.numpy() for v in loaded.trainable_variables], raw)
 
 
-def test_swa_is_better_with_recomputed_statistics():
+def test_swa_is_better_with_recomputed_statistics(keras):
     """What the function is for: with a high learning rate the raw statistics fit no average."""
-    model, optimizer, _ = trained(tf.distribute.get_strategy())
-    model.fit(X / 300, X[:, 0], epochs=30, verbose=0)
+    model, optimizer, _ = averaged(keras)
+    optimizer.reset_averages()
+    model.fit(X / 300, X[:, 0], batch_size=35, epochs=20, verbose=0)
     with optimizer.swapped_weights():
         before = model.evaluate(X / 300, X[:, 0], verbose=0)
         tfav.update_batch_norm(model, X / 300, verbose=0)

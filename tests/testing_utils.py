@@ -299,6 +299,20 @@ def new_model(
     return model
 
 
+def average_without_training(model, optimizer, updates: int = 3) -> None:
+    """Gives the model other weights a few times, and statistics to each replica, and averages them."""
+    rng = np.random.default_rng(1)
+    optimizer.shadow_copy(model)
+    for _ in range(updates):
+        for variable in model.variables:
+            if "float" in str(variable.dtype):
+                value = rng.uniform(0.1, 1.0, variable.shape)
+                variable = kerases.tf_variable(variable)
+                for replica, component in enumerate(getattr(variable, "values", [variable])):
+                    component.assign(value + (not variable.trainable) * replica)
+        optimizer.update_average()
+
+
 def loss_scaled(optimizer, keras=KERAS):
     """With a scale that skips no step of a sane model, and that grows soon."""
     options = {"initial_scale": 2.0**10, "dynamic_growth_steps": 3}

@@ -89,13 +89,13 @@ def averaged_model(
     twins = _matching(result, model)
     found._unclaimed.check()
     if found.has_shadow_copy:  # Until then the averages are the weights.
-        _check_averages(found, model)
+        faces.check_averages(found, model)
     for twin, variable in zip(twins, _variables(model)):
         average = _average(found, variable)
         if average is None:
             _copy(twin, variable)
         else:
-            _assign(twin, average)
+            core_variables.assign_everywhere(kerases.tf_variable(twin), average)
     if target is None:
         _copy_adapted(model, result)
     return result
@@ -107,14 +107,6 @@ def _average(optimizer: AveragedOptimizerWrapper, variable):
         return optimizer.get_average(variable)
     except KeyError:
         return None
-
-
-def _check_averages(optimizer: AveragedOptimizerWrapper, model) -> None:
-    if all(_average(optimizer, variable) is None for variable in model.variables):
-        raise ValueError(
-            "Expected the optimizer that averages the model's weights. Received one that has averages of "
-            f"other variables only: {optimizer!r}"
-        )
 
 
 def _clone(model):
@@ -198,15 +190,11 @@ def _shape_and_dtype(variable) -> Tuple[tf.TensorShape, tf.DType]:
     return component.shape, component.dtype
 
 
-def _assign(variable, value: tf.Tensor) -> None:
-    for component in _components(variable):
-        core_variables.assign(component, tf.cast(value, component.dtype))
-
-
 def _copy(target, source) -> None:
     """Sets `target` to the value of `source`; buffers are shared until one is written."""
     targets, sources = _components(target), _components(source)
     if len(targets) == len(sources):
         core_variables.copy(list(zip(targets, sources)))
     else:  # One of the models lives under a strategy and the other does not.
-        _assign(target, tf.convert_to_tensor(kerases.tf_variable(source).read_value()))
+        value = tf.convert_to_tensor(kerases.tf_variable(source).read_value())
+        core_variables.assign_everywhere(kerases.tf_variable(target), value)

@@ -16,19 +16,29 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import inspect
-from typing import Any, Callable, Iterator, List, NamedTuple, Optional, Set, Tuple, Union
+import warnings
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Set, Tuple, Union
 
 import tensorflow as tf
 from absl import logging
 
 from tf_averaging import faces
 from tf_averaging import kerases
+from tf_averaging.averaged_optimizer_wrapper import AveragedOptimizerWrapper
 from tf_averaging.core import variables as core_variables
+from tf_averaging.core.averages import Averages
+from tf_averaging.core.status import averages_of
 
 
 def update_batch_norm(
-    model, data, steps: Optional[int] = None, verbose: Union[str, int] = "auto"
+    model,
+    data,
+    steps: Optional[int] = None,
+    verbose: Union[str, int] = "auto",
+    optimizer: Optional[AveragedOptimizerWrapper] = None,
+    forward: Optional[Callable[[Any, Any], Any]] = None,
 ) -> None:
     """Sets the statistics of BatchNormalization layers to those of `data`, for the weights in the model.
 
@@ -50,13 +60,30 @@ def update_batch_norm(
     be of inputs that training never showed the layers after it.) Layers that training leaves alone,
     frozen or called with `training=False`, keep their statistics. Whatever else the pass changes in the
     model is put back, also after an exception: the state of other layers and metrics, and weights that a
-    layer assigns. Random generators alone may move on.
+    layer assigns. Random generators of TensorFlow alone may move on. The [guide](../../swa.md) has
+    notes on SpectralNormalization, recurrent layers and `renorm`.
 
     While the averages are in the model, through `swap_weights`, `swapped_weights` or the callback, the
     new statistics are the averages': the raw weights' own come back with the raw weights, and the new
-    ones with the next swap. This needs the model to be compiled with the averaging optimizer. A
-    `tf.train.Checkpoint` keeps both; a `.keras` or `.h5` file those that are in the model when it is
-    written, so save while swapped, or recompute them after loading.
+    ones with the next swap. Otherwise they are those of the raw weights, and if there are averages a
+    warning says so. A `tf.train.Checkpoint` keeps both; a `.keras` or `.h5` file those that are in the
+    model when it is written, so save while swapped, or recompute them after loading.
+
+    A model that is not compiled with its averaging optimizer, and is called in its own way, such as the
+    generator of a GAN:
+
+    >>> optimizer = tfav.ExponentialMovingAverage(tf.keras.optimizers.Adam())
+    >>> optimizer.shadow_copy(model)
+    >>> with optimizer.swapped_weights():
+    ...     tfav.update_batch_norm(
+    ...         model,
+    ...         tf.data.Dataset.from_tensors({"real": x}),
+    ...         verbose=0,
+    ...         optimizer=optimizer,
+    ...         forward=lambda model, batch: model(batch["real"] + 1.0, training=True),
+    ...     )
+    ...     print(layer.moving_mean.numpy())
+    [4.]
 
     Args:
       model: a built model of Keras 3 or tf_keras.
@@ -66,12 +93,24 @@ def update_batch_norm(
         `steps` batches. Under a strategy batches are split over the replicas as in `fit`.
       steps: number of batches to take; needed if there is no end of them.
       verbose: `"auto"`, 0, 1 or 2, for the Keras progress bar.
+      optimizer: the averaging optimizer, or one around it; None for the one that `model` is compiled
+        with.
+      forward: called as `forward(model, batch)` on each batch, on each replica; it must call the model in
+        training mode. `batch` is what the model's `train_step` would be given, targets included. None
+        for `model(inputs, training=True)`. Other models that it calls are not put back.
 
     Raises:
-      TypeError: if `model` is not a Keras model.
-      ValueError: if the model has not been built, or there is no data.
+      TypeError: if `model` is not a Keras model, or `forward` is not callable.
+      ValueError: if the model has not been built, there is no data, `optimizer` averages nothing or
+        another model, or the averages of an optimizer that is neither given nor compiled are in the
+        model.
     """
     classes = _batch_norm_classes(model)
+    if forward is not None and not callable(forward):
+        raise TypeError(
+            f"Expected `forward` to be a function of the model and a batch. Received: {forward!r}"
+        )
+    given = None if optimizer is None else faces.averaging_optimizer(optimizer)
     parts: List[Any] = list(model._flatten_layers())
     layers: List[Any] = [part for part in parts if isinstance(part, classes)]
     if not layers:
@@ -83,14 +122,15 @@ def update_batch_norm(
         )
     if data is None:
         raise ValueError("Expected data to compute the statistics of. Received: data=None")
+    averages = _averages(model, given)
     with model.distribute_strategy.scope():
         sums = [_Sums(layer) for layer in layers]
     with _unchanged(model), contextlib.ExitStack() as recording:
         for part in parts:
-            recording.enter_context(_traced_anew(part))
+            recording.enter_context(_prepared(part))
         for layer_sums in sums:
             recording.enter_context(layer_sums.recording())
-        _run(model, data, steps, verbose)
+        _run(model, data, steps, verbose, forward or _called_on_inputs)
     with model.distribute_strategy.scope():
         moments = [layer_sums.moments() for layer_sums in sums]
     unseen = [layer.name for layer, seen in zip(layers, moments) if seen is None and layer.trainable]
@@ -105,14 +145,47 @@ def update_batch_norm(
         if seen is not None
         for statistic in _statistics(layer, seen)
     ]
-    optimizer = faces.find_averaging_optimizer(model)
-    if optimizer is not None and optimizer.weights_swapped:
-        # The statistics go with the averages when these are swapped out; nothing is folded into them.
-        statistics = optimizer._tf_variables([variable for variable, _ in new])
-        optimizer._averages.add(core_variables.averageable(statistics), "exchanged")
-        optimizer._averages.exchanged_at = int(optimizer.num_averaged)
+    if averages is not None and new:
+        _note_whose(averages, [variable for variable, _ in new])
     for variable, value in new:
-        _assign(variable, value)
+        core_variables.assign_everywhere(variable, value)
+
+
+def _averages(model, optimizer: Optional[AveragedOptimizerWrapper]) -> Optional[Averages]:
+    """The averages of the model's weights; None if there are none."""
+    known = optimizer or faces.find_averaging_optimizer(model)
+    if known is not None:
+        if optimizer is not None and optimizer.has_shadow_copy:
+            faces.check_averages(optimizer, model)
+        return known._averages
+    variables = list(map(kerases.tf_variable, model.variables))
+    if any(averages.is_swapped() for averages in averages_of(variables)):
+        gc.collect()  # Those that nobody can reach will not be swapped back.
+    found = list(averages_of(variables))
+    if any(averages.is_swapped() for averages in found):
+        raise ValueError(
+            "The averages of an optimizer are in the model, which is not compiled with it, so the "
+            "statistics of its raw weights would be lost. Expected that optimizer as `optimizer`."
+        )
+    return found[0] if found else None
+
+
+def _note_whose(averages: Averages, statistics: List[tf.Variable]) -> None:
+    """Has the statistics go with the averages if these are in the model; warns if they are not."""
+    statistics = core_variables.averageable(statistics)
+    if averages.is_swapped():
+        # They are swapped out with the averages; nothing is folded into them.
+        averages.add(statistics, "exchanged")
+        averages.exchanged_at = int(averages.num_averaged())
+    elif averages.num_averaged() > 0:
+        have_own = any(statistic in averages.slots for statistic in statistics)
+        warnings.warn(
+            "The raw weights are in the model (`weights_swapped` is False), so `update_batch_norm` "
+            "changes their statistics. The averages "
+            + ("keep their own. " if have_own else "have none of their own and use these too. ")
+            + "For theirs, call it while they are in the model: `with optimizer.swapped_weights():`.",
+            stacklevel=3,
+        )
 
 
 class _Moments(NamedTuple):
@@ -156,7 +229,9 @@ class _Sums:
                 self._add(inputs, arguments.get("mask"), arguments.get("training"))
             return call(inputs, *args, **kwargs)
 
-        with _called_as(self.layer, recording_call):
+        # Layers around this one ask which arguments it takes.
+        recording_call.__signature__ = signature  # type: ignore[attr-defined]
+        with _having(self.layer, {"call": recording_call}):
             yield
 
     @tf.autograph.experimental.do_not_convert
@@ -190,22 +265,20 @@ class _Sums:
         return _Moments(self._origin + mean, variance)
 
 
-def _run(model, data, steps: Optional[int], verbose: Union[str, int]) -> None:
-    """Calls `model` in training mode on each batch, with all that `predict` knows of data."""
-    keras = kerases.of(model)
-    # Where its `call` takes no such argument Keras 3 trains a model without it, in inference mode.
-    mode = {"training": True} if getattr(model, "_call_has_training_arg", True) else {}
+def _run(model, data, steps: Optional[int], verbose: Union[str, int], forward: Callable) -> None:
+    """Calls `forward` on each batch, with all that `predict` knows of data."""
     has_data = False
+    # What a `tf.function` has traced before would record nothing.
+    forward = getattr(forward, "python_function", forward)
 
     def predict_step(data):
         nonlocal has_data
         has_data = True
-        inputs, _, _ = keras.utils.unpack_x_y_sample_weight(data)
-        model(inputs, **mode)
+        forward(model, data)
         return tf.zeros([1])
 
     with model.distribute_strategy.scope():
-        runner = keras.Model()
+        runner = kerases.of(model).Model()
     runner.predict_step = predict_step
     runner.compile(run_eagerly=model.run_eagerly, jit_compile=False)
     try:
@@ -215,6 +288,14 @@ def _run(model, data, steps: Optional[int], verbose: Union[str, int]) -> None:
             raise
         received = f"Received none, or an iterator that has ended: {data!r}"
         raise ValueError(f"Expected data. {received}") from None
+
+
+def _called_on_inputs(model, batch) -> None:
+    """Calls `model` in training mode, as the Kerases do."""
+    inputs, _, _ = kerases.of(model).utils.unpack_x_y_sample_weight(batch)
+    # Where its `call` takes no such argument Keras 3 trains a model without it, in inference mode.
+    mode = {"training": True} if getattr(model, "_call_has_training_arg", True) else {}
+    model(inputs, **mode)
 
 
 def _batch_norm_classes(model) -> Tuple[type, ...]:
@@ -234,29 +315,40 @@ def _kept_axes(layer, rank: int) -> Set[int]:
 
 
 @contextlib.contextmanager
-def _called_as(layer, call: Callable) -> Iterator[None]:
-    """A context in which `layer` calls `call` instead of its own method."""
-    before = vars(layer).get("call")
-    # An attribute of the instance comes before the method of its class; Keras's own setter would
-    # track it.
-    vars(layer)["call"] = call
+def _having(layer, attributes: Dict[str, Any]) -> Iterator[None]:
+    """A context in which `layer` has these attributes, in place of its own and its class's."""
+    own = vars(layer)
+    before = {name: own[name] for name in attributes if name in own}
+    own.update(attributes)  # Keras's own setter would track them.
     try:
         yield
     finally:
-        del vars(layer)["call"]
-        if before is not None:
-            vars(layer)["call"] = before
+        for name in attributes:
+            del own[name]
+        own.update(before)
 
 
-def _traced_anew(layer) -> contextlib.AbstractContextManager:
-    """A context in which a `tf.function` that is a layer's `call` is the Python function in it.
+def _prepared(layer) -> contextlib.AbstractContextManager:
+    """A context in which a layer's calls can be recorded, and give what they should.
 
-    What it has traced before would record nothing, and what it traces now would go on recording.
+    A `tf.function` among its methods is the Python function in it: what it has traced before would record
+    nothing, and what it traces now would go on recording.
     """
-    call = layer.call
-    if isinstance(call, tf.types.experimental.PolymorphicFunction):
-        return _called_as(layer, call.python_function)
-    return contextlib.nullcontext()
+    attributes = {
+        name: getattr(layer, name).python_function
+        for namespace in map(vars, [*type(layer).__mro__, layer])
+        for name, value in namespace.items()
+        if isinstance(value, tf.types.experimental.PolymorphicFunction)
+    }
+    normalizing: Any = getattr(kerases.of(layer).layers, "SpectralNormalization", ())
+    if isinstance(layer, normalizing):
+        # In training it first divides its weights by their norm. Evaluation takes those in the model.
+        call = layer.call
+        attributes["call"] = lambda inputs, **_: call(inputs, training=False)
+    if getattr(layer, "renorm", False):
+        # It would correct its outputs towards what training has tracked, for other weights.
+        attributes["renorm"] = False
+    return _having(layer, attributes)
 
 
 def _sum_variable(shape) -> tf.Variable:
@@ -276,11 +368,9 @@ def _aggregated(value: tf.Tensor, aggregation: tf.VariableAggregation) -> tf.Var
 @contextlib.contextmanager
 def _unchanged(model) -> Iterator[None]:
     """A context after which the state that a forward pass can change is what it was before."""
-    state = list(model.variables)
-    state += [variable for metric in model.metrics for variable in metric.variables]
     components = [
         component
-        for variable in map(kerases.tf_variable, state)
+        for variable in map(kerases.tf_variable, _state(model))
         if isinstance(variable, tf.Variable)
         for component in core_variables.all_components(variable)
     ]
@@ -292,19 +382,22 @@ def _unchanged(model) -> Iterator[None]:
             core_variables.assign(component, value)
 
 
-def _statistics(layer, moments: _Moments) -> List[Tuple[Any, tf.Tensor]]:
+def _state(model) -> Iterator[Any]:
+    yield from model.variables
+    for metric in model.metrics:
+        yield from metric.variables
+    # Keras 3 leaves out what is TensorFlow's own.
+    for layer in model._flatten_layers():
+        for value in vars(layer).values():
+            if isinstance(value, tf.Variable):
+                yield value
+            elif isinstance(value, tf.Module):
+                yield from value.variables
+
+
+def _statistics(layer, moments: _Moments) -> List[Tuple[tf.Variable, tf.Tensor]]:
     """The layer's statistics, each with its new value."""
     new = [(layer.moving_mean, moments.mean), (layer.moving_variance, moments.variance)]
     if getattr(layer, "renorm", False):
         new.append((layer.moving_stddev, tf.sqrt(moments.variance + layer.epsilon)))
-    return new
-
-
-def _assign(variable, value: tf.Tensor) -> None:
-    """Sets a statistic, on all replicas that have one of their own, in all its shards."""
-    variable = kerases.tf_variable(variable)
-    if isinstance(variable, tf.__internal__.distribute.ShardedVariable):
-        variable.assign(tf.cast(value, variable.dtype))
-        return
-    for component in core_variables.all_components(variable):
-        core_variables.assign(component, tf.cast(value, component.dtype))
+    return [(kerases.tf_variable(variable), value) for variable, value in new]

@@ -167,6 +167,16 @@ def averaging_optimizer(model_or_optimizer: Any) -> Any:
     return found
 
 
+def check_averages(optimizer: Any, model: Any) -> None:
+    """Refuses an averaging optimizer that averages none of the model's variables."""
+    slots = optimizer._averages.slots
+    if not any(kerases.tf_variable(variable) in slots for variable in model.variables):
+        raise ValueError(
+            "Expected the optimizer that averages the model's weights. Received one that has averages of "
+            f"other variables only: {optimizer!r}"
+        )
+
+
 # The Keras of the inner optimizer, and the optimizer that a config means.
 
 

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import gc
 import operator
+import uuid
 import weakref
 from typing import TYPE_CHECKING, Iterable, Iterator, List, NamedTuple, Optional, Tuple, Union
 
@@ -140,7 +141,7 @@ class Status:
         self.guard: Optional[tf.Variable] = None
         self.section: Optional[tf.CriticalSection] = None
         if core_variables.is_on_parameter_server(core_variables.components(like)[0]):
-            self.section = core_variables.create_section(self.first_step)
+            self.section = _create_section(self.first_step)
         else:
             self.guard = core_variables.create_like(
                 like, lambda: tf.zeros([0], tf.bool), f"{name}/guard", shape=tf.TensorShape([None])
@@ -351,6 +352,13 @@ class Status:
         return core_variables.assign(component, empty)
 
 
+def _create_section(like: tf.Variable) -> tf.CriticalSection:
+    """Creates what lets one worker at a time do its work, where `like` lives."""
+    with tf.init_scope(), tf.device(like.device):
+        # Unless told otherwise, all critical sections of a server are one.
+        return tf.CriticalSection(shared_name=uuid.uuid4().hex)
+
+
 def _guard_value(swapped: tf.Tensor) -> tf.Tensor:
     return tf.fill([tf.cast(swapped, tf.int32)], True)
 
@@ -371,8 +379,13 @@ def check_others(averages: Averages) -> list:
     return []
 
 
+def averages_of(variables: Iterable[tf.Variable]) -> Iterator[Averages]:
+    """All averages of some of these variables, whosever they are."""
+    variables = list(variables)
+    for averages in list(ALL):
+        if any(variable in averages.slots for variable in variables):
+            yield averages
+
+
 def _others(averages: Averages) -> Iterator[Averages]:
-    """Those that average some of the variables too."""
-    for other in list(ALL):
-        if other is not averages and any(variable in other.slots for variable in averages.slots):
-            yield other
+    return (other for other in averages_of(averages.slots) if other is not averages)

@@ -24,7 +24,6 @@ import collections.abc
 import contextlib
 import dataclasses
 import functools
-import uuid
 from typing import (
     Any,
     Callable,
@@ -148,7 +147,10 @@ def assign_here(variable: tf.Variable, value: tf.Tensor) -> list:
 
 
 def assign_everywhere(variable: tf.Variable, value: tf.Tensor) -> None:
-    """Sets all components, whatever the context."""
+    """Sets all components or shards, whatever the context."""
+    if isinstance(variable, ShardedVariable):
+        variable.assign(tf.cast(value, variable.dtype))
+        return
     for component in all_components(variable):
         assign(component, tf.cast(value, component.dtype))
 
@@ -441,10 +443,3 @@ def create_slot(variable: tf.Variable, dtype: tf.DType, owner: str, kind: str) -
     for target, source in zip(all_components(slot), sources if is_set else []):
         assign(target, tf.cast(read(source), dtype))
     return slot
-
-
-def create_section(like: tf.Variable) -> tf.CriticalSection:
-    """Creates what lets one worker at a time do its work, where `like` lives."""
-    with tf.init_scope(), tf.device(like.device):
-        # Unless told otherwise, all critical sections of a server are one.
-        return tf.CriticalSection(shared_name=uuid.uuid4().hex)
