@@ -97,7 +97,7 @@ def averaged_model(
         else:
             core_variables.assign_everywhere(kerases.tf_variable(twin), average)
     if target is None:
-        _copy_adapted(model, result)
+        _finalize_adapted(result)
     return result
 
 
@@ -115,6 +115,7 @@ def _clone(model):
             clone = kerases.of(model).models.clone_model(model)
             if not clone.built:
                 clone.build_from_config(model.get_build_config())
+        _copy_adapted(model, clone)
         return clone
     except Exception as error:
         raise ValueError(
@@ -145,11 +146,20 @@ def _copy_adapted(model, clone) -> None:
     """Gives the clone what `adapt` computed and the layer keeps in other things than variables."""
     for layer, twin in zip(model._flatten_layers(), clone._flatten_layers()):
         if hasattr(layer, "load_assets"):
+            # What Keras 3 saves as the layer's own need not be among its variables.
+            store: Dict[str, Any] = {}
+            layer.save_own_variables(store)
+            twin.load_own_variables(store)
             with tempfile.TemporaryDirectory() as path:
                 layer.save_assets(path)
                 twin.load_assets(path)
-        if hasattr(twin, "finalize_state") and twin.variables:  # Others have it from the config.
-            twin.finalize_state()
+
+
+def _finalize_adapted(clone) -> None:
+    """Has layers compute what they derive from their variables; others have it from the config."""
+    for layer in clone._flatten_layers():
+        if hasattr(layer, "finalize_state") and layer.variables:
+            layer.finalize_state()
 
 
 def _variables(model) -> List[Any]:

@@ -60,8 +60,8 @@ def update_batch_norm(
     be of inputs that training never showed the layers after it.) Layers that training leaves alone,
     frozen or called with `training=False`, keep their statistics. Whatever else the pass changes in the
     model is put back, also after an exception: the state of other layers and metrics, and weights that a
-    layer assigns. Random generators of TensorFlow alone may move on. The [guide](../../swa.md) has
-    notes on SpectralNormalization, recurrent layers and `renorm`.
+    layer assigns. Random generators of TensorFlow alone may move on. The guide, docs/swa.md, has notes on
+    SpectralNormalization, recurrent layers and `renorm`.
 
     While the averages are in the model, through `swap_weights`, `swapped_weights` or the callback, the
     new statistics are the averages': the raw weights' own come back with the raw weights, and the new

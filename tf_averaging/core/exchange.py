@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Callable, Iterable, List, Tuple
 import tensorflow as tf
 
 from tf_averaging.core import fold
+from tf_averaging.core.status import NOT_SET
 from tf_averaging.core.variables import Component
 from tf_averaging.core.variables import after
 from tf_averaging.core.variables import assign
@@ -92,6 +93,8 @@ def warn_if_stale(averages: Averages) -> None:
     if not tf.executing_eagerly() or len(averages.slots) == len(averages.averaged()):
         return
     updates = int(averages.num_averaged())
+    if averages.exchanged_at == NOT_SET:  # They come from a file, which does not say.
+        averages.exchanged_at = updates
     if updates > averages.exchanged_at and not averages.is_swapped():
         warnings.warn(
             f"The statistics that `update_batch_norm` recomputed are those of averages with "

@@ -327,6 +327,8 @@ class AveragesNode(tf.__internal__.tracking.Trackable):
             return None
         (variable,) = self._tf_variables([variable])
         self.start_restore(slot_variable_position.restore_uid)
+        if slot_name == "exchanged":
+            self._averages.exchanged_at = NOT_SET
         parts = averageable([variable])
         missing = [part for part in parts if part not in self._averages.slots]
         if missing:
