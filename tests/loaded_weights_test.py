@@ -89,3 +89,18 @@ class TestWeightsLoadedAfterFit:
         checkpoint.restore(path)
         testing_utils.assert_same_bits(self.fit(keras, model), raw)
         assert "Weights were loaded" not in caplog.text
+
+    def test_statistics_are_not_loaded_weights(self, keras, caplog):
+        model = keras.Sequential([keras.Input([len(X[0])]), keras.layers.BatchNormalization()])
+        model.add(keras.layers.Dense(len(Y[0])))
+        model.compile(self.make(keras, "EMA"), "mse")
+        self.fit(keras, model)
+        raw = [model.optimizer.get_slot(v, "average").numpy() for v in model.trainable_variables]
+        tfav.update_batch_norm(model, X, verbose=0)
+        updates = int(model.optimizer.num_averaged)
+        caplog.clear()
+        begun = self.fit(keras, model)
+        assert not caplog.records
+        trained = [w for w, v in zip(begun, model.weights) if v.trainable]
+        testing_utils.assert_same_bits(trained, raw)
+        assert model.optimizer.num_averaged == 2 * updates

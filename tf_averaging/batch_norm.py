@@ -145,10 +145,13 @@ def update_batch_norm(
         if seen is not None
         for statistic in _statistics(layer, seen)
     ]
+    as_left = averages is not None and averages.is_as_left()
     if averages is not None and new:
         _note_whose(averages, [variable for variable, _ in new])
     for variable, value in new:
         core_variables.assign_everywhere(variable, value)
+    if averages is not None and as_left:
+        averages.leave()  # The next `fit` must not take the statistics for something that was loaded.
 
 
 def _averages(model, optimizer: Optional[AveragedOptimizerWrapper]) -> Optional[Averages]:

@@ -365,9 +365,13 @@ class Averages:
         """Notes what the model holds, which are the averages."""
         self.left = self._checksum()
 
+    def is_as_left(self) -> bool:
+        """Whether the model still holds what `leave` noted."""
+        return self.left is not None and self.left == self._checksum()
+
     def take_up(self) -> bool:
         """Starts anew from what was loaded into the model since `leave`; whether there was anything."""
-        loaded = self.left is not None and self.left != self._checksum()
+        loaded = self.left is not None and not self.is_as_left()
         if loaded:
             self.start_over()
         self.left = None
