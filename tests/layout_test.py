@@ -36,6 +36,7 @@ MAY_IMPORT = {
     "keras2": {"core", "saving", "faces", "kerases"},
     "keras3": {"core", "saving", "faces", "kerases"},
     "kerases": set(),
+    "average_checkpoints": {"kerases"},
     "faces": {"kerases", "keras2", "keras3"},
 }
 

@@ -22,6 +22,7 @@ The examples in this reference begin with
 
 from tf_averaging import callbacks
 from tf_averaging import schedules
+from tf_averaging.average_checkpoints import average_checkpoints
 from tf_averaging.averaged_model import averaged_model
 from tf_averaging.averaged_optimizer_wrapper import AveragedOptimizerWrapper
 from tf_averaging.batch_norm import update_batch_norm
@@ -36,6 +37,7 @@ __all__ = [
     "SWA",
     "AveragedOptimizerWrapper",
     "ExponentialMovingAverage",
+    "average_checkpoints",
     "averaged_model",
     "averaging_optimizer",
     "callbacks",

@@ -1,0 +1,134 @@
+# Copyright 2026 The tf_averaging Authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Files of HDF5: `.weights.h5`, and whole models as `.h5`."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from typing import Any, Dict, Iterable, List, Optional, Tuple
+
+import h5py
+import numpy as np
+import tensorflow as tf
+
+from tf_averaging.average_checkpoints.variables import Variable
+
+BFLOAT16 = np.dtype(tf.bfloat16.as_numpy_dtype)
+OPAQUE = np.dtype("V2")  # What bfloat16 is in a file: HDF5 has no name for it.
+
+
+class Hdf5File:
+    """The weights in a file of HDF5.
+
+    Args:
+      path: of the file.
+      content: what to read instead, as a binary file: the weights in a `.keras` archive.
+
+    Attributes:
+      path: of the file.
+      variables: what the file says of each variable of the model.
+      holds_averages: whether an averaging optimizer had swapped the averages into the model.
+    """
+
+    def __init__(self, path: str, content: Optional[Any] = None):
+        self.path = path
+        self._file = h5py.File(content or path, "r")
+        datasets, optimizers = _content(self._file)
+        state = (*optimizers, "metrics/")
+        self.variables: Dict[str, Variable] = {
+            name: Variable(BFLOAT16 if dataset.dtype == OPAQUE else dataset.dtype, dataset.shape)
+            for name, dataset in datasets.items()
+            if dataset.shape is not None and not name.startswith(state)
+        }
+        self.holds_averages = any(
+            bool(np.any(dataset[()]))
+            for name, dataset in datasets.items()
+            if name.startswith(optimizers) and _is_swapped_flag(name, dataset)
+        )
+
+    @staticmethod
+    def exists(path: str) -> bool:
+        """Whether there is such a file."""
+        return os.path.exists(path)
+
+    def check(self) -> None:
+        """Nothing: HDF5 has looked at the length of the file, and has no checksums."""
+
+    def read(self, name: str) -> np.ndarray:
+        """The value of a variable."""
+        value = np.asarray(self._file[name][()])
+        return value.view(BFLOAT16) if value.dtype == OPAQUE else value
+
+    def write(self, path: str, values: Iterable[Tuple[str, np.ndarray]]) -> None:
+        """Writes a copy of the file, with other values for some variables."""
+        shutil.copyfile(self.path, path)
+        assign(path, values)
+
+    @staticmethod
+    def move(source: str, target: str) -> None:
+        """Moves a complete file to where it belongs, at once."""
+        os.replace(source, target)
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+
+def assign(path: str, values: Iterable[Tuple[str, np.ndarray]]) -> None:
+    """Sets variables in a file, which keeps everything else as it is."""
+    with h5py.File(path, "r+") as file:
+        for name, value in values:
+            file[name][...] = value.view(OPAQUE) if value.dtype == BFLOAT16 else value
+
+
+def _content(file: h5py.File) -> Tuple[Dict[str, h5py.Dataset], Tuple[str, ...]]:
+    """All datasets by name, and what the names of those of optimizers begin with."""
+    datasets: Dict[str, h5py.Dataset] = {}
+    optimizers: List[str] = ["optimizer/", "optimizer_weights/"]
+
+    def visit(name: str, item: Any) -> None:
+        if isinstance(item, h5py.Dataset):
+            datasets[name] = item
+        elif _is_optimizer(name, item):
+            optimizers.append(f"{name}/")
+
+    file.visititems(visit)
+    return datasets, tuple(optimizers)
+
+
+def _is_optimizer(name: str, group: h5py.Group) -> bool:
+    """Whether a group is an optimizer other than the model's own, of a GAN for example.
+
+    Its first variable counts steps. The second one, in Keras 3, is the learning rate.
+    """
+    variables = group.get("vars")
+    if not isinstance(variables, h5py.Group):
+        return False
+    kinds = [
+        variables[key].dtype.kind
+        for key in ("0", "1")
+        if isinstance(variables.get(key), h5py.Dataset) and variables[key].shape == ()
+    ]
+    return kinds == ["i", "f"] or (kinds[:1] == ["i"] and "optimizer" in name.rpartition("/")[2].lower())
+
+
+def _is_swapped_flag(name: str, dataset: h5py.Dataset) -> bool:
+    """Whether this is the flag of an averaging optimizer: by its name, or its place among numbers."""
+    if dataset.dtype != bool:
+        return False
+    name = name.rpartition("/")[2]
+    return name.partition(":")[0].endswith("swapped") or (
+        name.isdigit() and "averages_of" in dataset.parent
+    )
