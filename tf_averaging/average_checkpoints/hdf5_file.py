@@ -90,7 +90,12 @@ def assign(path: str, values: Iterable[Tuple[str, np.ndarray]]) -> None:
     """Sets variables in a file, which keeps everything else as it is."""
     with h5py.File(path, "r+") as file:
         for name, value in values:
-            file[name][...] = value.view(OPAQUE) if value.dtype == BFLOAT16 else value
+            try:
+                dataset = file[name]
+            except KeyError as error:
+                raise ValueError(f"Cannot find {name!r} again in a copy of the last file.") from error
+            dataset[...] = value.view(OPAQUE) if value.dtype == BFLOAT16 else value
+            del value  # The next one is computed before this name is free.
 
 
 def _content(file: h5py.File) -> Tuple[Dict[str, h5py.Dataset], Tuple[str, ...]]:

@@ -79,7 +79,7 @@ def average_checkpoints(
       RuntimeError: in a `tf.function`.
     """
     if not tf.executing_eagerly():
-        raise RuntimeError("`average_checkpoints` cannot be called in a graph. Call it outside.")
+        raise RuntimeError("`average_checkpoints` cannot be called in a `tf.function`.")
     paths, output = _checked_paths(paths), os.fspath(output)
     weights = _checked_weights(weights, len(paths))
     form = format_of(paths, output)
@@ -120,9 +120,7 @@ def _mean(files: Sequence[Format], weights: Sequence[float], name: str) -> np.nd
             if not weight:
                 continue
             with _reading(file.path):
-                value = file.read(name).astype(total.dtype)
-            value *= weight
-            total += value
+                total += np.multiply(file.read(name), weight, dtype=total.dtype)
         # Divided in the end: the mean of equal values is then exactly this value.
         total /= sum(weights)
         return total.astype(dtype)

@@ -33,7 +33,7 @@ from tf_averaging.average_checkpoints.variables import Variable
 
 GRAPH = "_CHECKPOINTABLE_OBJECT_GRAPH"
 VALUE = "VARIABLE_VALUE"
-SHARD_BYTES = 2**26
+SHARD_BYTES = 2**25
 
 # The metrics of the Kerases have variables of these names, and no others.
 METRIC_VARIABLES = {
@@ -61,7 +61,8 @@ class ObjectCheckpoint:
 
     def __init__(self, path: str):
         self.path = path
-        self._reader = tf.train.load_checkpoint(path)
+        # `tf.train.load_checkpoint` would look into a directory of this name.
+        self._reader = tf.compat.v1.train.NewCheckpointReader(path)
         self._dtypes: Dict[str, tf.DType] = self._reader.get_variable_to_dtype_map()
         self._shapes: Dict[str, List[int]] = self._reader.get_variable_to_shape_map()
         if GRAPH not in self._dtypes:
@@ -95,6 +96,7 @@ class ObjectCheckpoint:
         shards = _Shards(path)
         for name, value in values:
             shards.add({self._keys[name]: tf.convert_to_tensor(value)})
+            del value  # The next one is computed before this name is free.
         for tensors in self._others():
             shards.add(tensors)
         shards.merge()
