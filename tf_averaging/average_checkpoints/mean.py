@@ -96,7 +96,6 @@ def average_checkpoints(
         with _directory_beside(output) as directory:
             complete = os.path.join(directory, os.path.basename(output))
             last.write(complete, _means(files, weights, verbose))
-            _check_free(form, output, overwrite)  # Another process may have been quicker.
             form.move(complete, output)
 
 
