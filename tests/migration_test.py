@@ -131,6 +131,7 @@ FORMULAS = [
     ("MMEngine EMAHook", mmengine_annealing),
     ("MMEngine EMAHook", mmengine_interval),
     ("MMEngine EMAHook", mmengine_mean),
+    ("OpenNMT-tf average_checkpoints", None),
 ]
 
 
@@ -289,6 +290,19 @@ def test_swap_ema_weights():
     losses = [np.mean((X @ ema(weights[: 2 * epoch + 3]) - Y) ** 2) for epoch in range(3)]
     np.testing.assert_allclose(val_loss, losses, rtol=1e-5)
     np.testing.assert_allclose(model.get_weights()[0], ema(weights), rtol=1e-5)
+
+
+def test_average_checkpoints(tmp_path, monkeypatch):
+    """The mean of the model's weights in the last five of six checkpoints."""
+    monkeypatch.chdir(tmp_path)
+    names_of(after_block("OpenNMT-tf average_checkpoints"))
+    readers = [tf.train.load_checkpoint(f"run/ckpt-{number}") for number in range(2, 7)]
+    output = tf.train.load_checkpoint("run/averaged/ckpt")
+    keys = [key for key in output.get_variable_to_shape_map() if key.startswith("model/")]
+    assert len(keys) == 2
+    for key in keys:
+        expected = np.mean([reader.get_tensor(key).astype(np.float64) for reader in readers], axis=0)
+        np.testing.assert_allclose(output.get_tensor(key), expected, rtol=1e-7)
 
 
 # PyTorch's `SWALR` and `update_bn`.

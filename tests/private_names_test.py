@@ -17,6 +17,7 @@ import keras as keras_3
 import pytest
 import tensorflow as tf
 import tf_keras
+from tensorflow.core.protobuf import trackable_object_graph_pb2
 
 import tf_averaging as tfav
 from tf_averaging.core import status
@@ -319,6 +320,23 @@ def test_optimizer_of_keras_3_turns_off_the_loss_scale_of_what_is_inside(wrap):
     wrap(optimizer)
     assert optimizer._is_inside_another
     assert optimizer.inner_optimizer.loss_scale_factor is None
+
+
+def test_checkpoints_hold_the_graph_of_their_objects(tmp_path):
+    """`average_checkpoints` reads what is a variable, a slot, an optimizer there."""
+    variable, optimizer = tf.Variable(2.0), tf_keras.optimizers.legacy.SGD(0.1, momentum=0.9)
+    optimizer.apply_gradients([(tf.constant(1.0), variable)])
+    path = tf.train.Checkpoint(variable=variable, optimizer=optimizer).write(str(tmp_path / "ckpt"))
+    reader = tf.compat.v1.train.NewCheckpointReader(path)
+    graph = trackable_object_graph_pb2.TrackableObjectGraph.FromString(
+        reader.get_tensor("_CHECKPOINTABLE_OBJECT_GRAPH")
+    )
+    root = {child.local_name: graph.nodes[child.node_id] for child in graph.nodes[0].children}
+    (attribute,) = root["variable"].attributes
+    assert attribute.name == "VARIABLE_VALUE"
+    assert reader.get_tensor(attribute.checkpoint_key) == variable
+    assert [slot.slot_name for slot in root["optimizer"].slot_variables] == ["momentum"]
+    assert {"iter", "learning_rate"} <= {child.local_name for child in root["optimizer"].children}
 
 
 def test_checkpoints_tell_the_kerases_apart(tmp_path):
