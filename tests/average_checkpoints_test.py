@@ -271,6 +271,19 @@ def test_mean_of_a_file_of_version_0_1_with_itself_is_this_file(case, tmp_path):
     assert contents(str(tmp_path / f"mean{suffix}")) == contents(path)
 
 
+def test_keras_file_may_have_been_compressed_but_not_emptied(tmp_path):
+    path, output = save(averaging_model(keras_3), tmp_path / "stored.keras"), str(tmp_path / "mean.keras")
+    for name, left_out in [("deflated.keras", None), ("emptied.keras", "config.json")]:
+        with zipfile.ZipFile(tmp_path / name, "w", zipfile.ZIP_DEFLATED) as archive:
+            for member, content in contents(path).items():
+                if member != left_out:
+                    archive.writestr(member, content)
+    deflated, emptied = (str(tmp_path / name) for name in ("deflated.keras", "emptied.keras"))
+    tfav.average_checkpoints([path, deflated], output, verbose=0)
+    assert contents(output) == contents(path)
+    assert_refused(tmp_path, [emptied, "config.json"], [path, emptied], output, overwrite=True)
+
+
 @each_format
 def test_files_that_hold_averages_are_named(keras, suffix, tmp_path):
     model = averaging_model(keras)
@@ -546,7 +559,7 @@ def average(paths, output, events):
     events.send(time.monotonic() - began)
 
 
-@each_format
+@pytest.mark.parametrize("suffix", ["", ".keras"], ids=["checkpoint", ".keras"])
 def test_killed_process_leaves_the_whole_output_or_none(suffix, tmp_path, forkserver):
     rng = np.random.default_rng(int(os.environ.get("KILL_TEST_SEED", "20261120")))
     model = testing_utils.new_model(units=[64] * 20, inputs=64)

@@ -54,7 +54,8 @@ class KerasArchive:
         missing = NEEDED - set(self._archive.namelist())
         if missing:
             raise ValueError(f"The archive has no {sorted(missing)[0]!r}.")
-        self._hdf5 = hdf5_file.Hdf5File(path, self._weights())
+        self._content = self._weights()
+        self._hdf5 = hdf5_file.Hdf5File(path, self._content)
         self.variables = self._hdf5.variables
         self.holds_averages = self._hdf5.holds_averages
         self.read = self._hdf5.read
@@ -87,6 +88,7 @@ class KerasArchive:
     def close(self) -> None:
         """Closes the file."""
         self._hdf5.close()
+        self._content.close()
         self._archive.close()
 
     def _weights(self):
