@@ -14,11 +14,15 @@
 """Hostile and broken input: configs, arrays and files that are not what they should be."""
 
 import copy
+import io
 import pathlib
+import resource
 import shutil
 import traceback
 import warnings
+import zipfile
 
+import h5py
 import hypothesis
 import numpy as np
 import pytest
@@ -133,6 +137,19 @@ def test_config_that_names_no_optimizer(inner):
         tfav.SWA.from_config(config)
 
 
+@pytest.mark.parametrize("where", ["optimizer", "learning_rate", "average_period", "average_decay"])
+@pytest.mark.parametrize("nest", [lambda inside: [inside], lambda inside: {"config": inside}])
+def test_config_that_is_nested_too_deeply(keras, nest, where):
+    """Neither Keras, nor a message that shows it, can follow it."""
+    config = tfav.ExponentialMovingAverage(keras.optimizers.SGD()).get_config()
+    deep = 1
+    for _ in range(5000):
+        deep = nest(deep)
+    (config["optimizer"]["config"] if where == "learning_rate" else config)[where] = deep
+    with pytest.raises(ValueError, match="Expected|nested too deeply"):
+        tfav.ExponentialMovingAverage.from_config(config)
+
+
 @pytest.mark.parametrize("name", ["iteration", "clocks", "first_step"])
 def test_number_that_fits_no_variable_changes_nothing(name):
     optimizer = tfav.SWA(CURRENT.SGD(1.0), 0, 1)
@@ -169,6 +186,32 @@ def saved(tmp_path_factory):
 
 def state_of(optimizer):
     return bits(optimizer.get_weights())
+
+
+def test_small_file_that_claims_gigabytes(keras, tmp_path):
+    """Whatever array of the optimizer does: 700 million elements in some 20 KB."""
+    model = testing_utils.new_model(tfav.SWA(keras.optimizers.Adam(0.1), 0, 1), keras=keras)
+    testing_utils.fit_steps(model, 3)
+    path, weights = tmp_path / "model.keras", "model.weights.h5"
+    model.save(path)
+    before = state_of(model.optimizer)
+    with zipfile.ZipFile(path) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    for key in ["0", "5", "12", "about", "averages_of", "clocks", "has_stash"]:
+        content = io.BytesIO(members[weights])
+        with h5py.File(content, "r+") as file:
+            group = file["optimizer/vars"]
+            dtype = group.pop(key).dtype
+            group.create_dataset(key, [700_000_000], dtype, chunks=(2**20,))
+        with zipfile.ZipFile(path, "w") as archive:
+            for name, member in members.items():
+                archive.writestr(name, content.getvalue() if name == weights else member)
+        assert path.stat().st_size < 50_000
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        with pytest.warns(UserWarning, match=f"not loaded.*Expected stored arrays.*/{key}'"):
+            model.load_weights(path)
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 200_000  # KB.
+        assert state_of(model.optimizer) == before
 
 
 ARRAYS = st.one_of(

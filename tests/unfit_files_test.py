@@ -15,6 +15,7 @@
 
 import warnings
 
+import keras as keras_3
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -32,9 +33,11 @@ from tests.testing_utils import KERAS
 from tests.testing_utils import LEGACY
 from tests.testing_utils import assert_same_bits
 from tests.testing_utils import both_generations
+from tests.testing_utils import descend
 from tests.testing_utils import early_or_late
 from tests.testing_utils import fit_steps
 from tests.testing_utils import new_model
+from tests.testing_utils import state_variables
 from tests.testing_utils import swapped_or_not
 from tests.testing_utils import values
 from tests.testing_utils import with_loss_scaling
@@ -201,6 +204,62 @@ def test_other_generation_inside_takes_averages_and_steps_and_warns(
         assert other.optimizer.num_averaged == 3
         assert_same_bits(averages_of(other), averages_of(model))
     fit_steps(other, 1)
+
+
+@early_or_late
+@pytest.mark.parametrize("averages_in_file", [True, False], ids=["ours", "plain"])
+@pytest.mark.parametrize(
+    ("file", "here"),
+    [
+        (keras_3.optimizers, CURRENT),
+        (keras_3.optimizers, LEGACY),
+        (CURRENT, keras_3.optimizers),
+        (LEGACY, keras_3.optimizers),
+    ],
+    ids=["keras-current", "keras-legacy", "current-keras", "legacy-keras"],
+)
+def test_checkpoint_of_the_other_keras(tmp_path, file, here, averages_in_file, late):
+    """Averages are slots of variables that both have. The inner state, by position, would be mixed up."""
+
+    def new(optimizer):
+        root = tf.Module()
+        root.optimizer, root.variables_ = optimizer, [tf.Variable([1.0, 2.0]), tf.Variable([3.0, 4.0])]
+        return root, tf.train.Checkpoint(optimizer=optimizer, variables=root.variables_)
+
+    def inner_state(optimizer):
+        return [v.numpy() for v in state_variables(optimizer.inner_optimizer)[1:]]  # But for the steps.
+
+    root, checkpoint = new(tfav.SWA(file.Adam(0.1), 0, 1) if averages_in_file else file.Adam(0.1))
+    checkpoint.save(str(tmp_path / "ckpt"))  # TensorFlow may remember what there was when it saved first.
+    history = []
+    for _ in range(3):
+        descend(root.optimizer, root.variables_)
+        history.append(values(root.variables_))
+    path = checkpoint.save(str(tmp_path / "ckpt"))
+
+    restored, checkpoint = new(tfav.SWA(here.Adam(0.5), 0, 1))
+    optimizer = restored.optimizer
+    if late:
+        descend(optimizer, restored.variables_, steps=2)
+    else:
+        untouched = tfav.SWA(here.Adam(0.5))
+        untouched.build(restored.variables_)
+    before = inner_state(optimizer if late else untouched)
+    name = "Keras 3" if file is keras_3.optimizers else "tf_keras"
+    with pytest.warns(UserWarning, match=f"written with an optimizer of {name}.*starts anew") as caught:
+        checkpoint.restore(path).expect_partial()
+        optimizer.build(restored.variables_)
+    assert any("without averages" in str(w.message) for w in caught) != averages_in_file
+    assert_same_bits(inner_state(optimizer), before)
+    assert_same_bits(values(restored.variables_), history[-1])
+    assert optimizer.iterations.numpy() == 3
+    assert optimizer.num_averaged == (3 if averages_in_file else 0)
+    optimizer.shadow_copy(restored.variables_)
+    expected = np.mean(history, 0, np.float64) if averages_in_file else history[-1]
+    for variable, average in zip(restored.variables_, expected):
+        np.testing.assert_allclose(optimizer.get_average(variable), average, rtol=1e-6)
+    descend(optimizer, restored.variables_)
+    assert optimizer.iterations.numpy() == 4
 
 
 @pytest.mark.parametrize("averages_in_file", [True, False], ids=["ours", "plain"])

@@ -409,7 +409,7 @@ class AveragedOptimizerWrapper:
         Returns:
           The optimizer.
         """
-        return cls(**faces.arguments(config, custom_objects))
+        return faces.from_config(cls, config, custom_objects)
 
     @property
     def start_averaging(self) -> Union[int, tf.Tensor]:

@@ -200,14 +200,21 @@ def _recorded_keras(config: Any) -> Optional[str]:
     return config.get("keras", "tf_keras" if "is_legacy_optimizer" in config else None)
 
 
-def arguments(config: Dict[str, Any], custom_objects: Optional[Dict[str, Any]]) -> Dict[str, Any]:
-    """The constructor's arguments in the config of an averaging optimizer, which is left as it is."""
-    found = dict(config)
-    for name in ("keras", "is_legacy_optimizer"):
-        found.pop(name, None)
-    if "optimizer" in found:
-        found["optimizer"] = deserialize(found["optimizer"], custom_objects, _recorded_keras(config))
-    return found
+def from_config(cls: Any, config: Dict[str, Any], custom_objects: Optional[Dict[str, Any]]) -> Any:
+    """The averaging optimizer that a config describes, which is left as it is.
+
+    Raises:
+      TypeError: if an argument has the wrong type.
+      ValueError: if one is wrong in another way, or nested so deeply that no message can show it.
+    """
+    arguments = {name: v for name, v in config.items() if name not in ("keras", "is_legacy_optimizer")}
+    try:
+        if "optimizer" in arguments:
+            keras_name = _recorded_keras(config)
+            arguments["optimizer"] = deserialize(arguments["optimizer"], custom_objects, keras_name)
+        return cls(**arguments)
+    except RecursionError as error:
+        raise ValueError(f"The config is nested too deeply: {reprlib.repr(config)}") from error
 
 
 def deserialize(

@@ -22,7 +22,7 @@ import tensorflow as tf
 import tf_keras
 
 from tf_averaging.saving import positions
-from tf_averaging.saving.predecessors import WithoutState
+from tf_averaging.saving.predecessors import without_state
 
 Optimizer = Union[tf_keras.optimizers.Optimizer, tf_keras.optimizers.legacy.Optimizer]
 
@@ -53,21 +53,19 @@ def restore_target(optimizer: Optimizer, position: positions.Position, is_of_pre
       is_of_predecessor: whether a predecessor wrote it; their inner optimizers are legacy ones.
 
     Returns:
-      The optimizer, or if its generation is another than the file's, an object in its place.
+      The optimizer, or if its Keras or generation is another than the file's, an object in its place.
     """
     is_legacy = isinstance(optimizer, tf_keras.optimizers.legacy.Optimizer)
     children = positions.child_names(position)
+    if positions.is_of_keras_3(position):
+        remedy = "that optimizer, and a model of Keras 3, which has its variables at other places"
+        return without_state("an optimizer of Keras 3", optimizer, optimizer.iterations, remedy)
     was_legacy = is_of_predecessor or "iter" in children
     if ("_iterations" in children) if is_legacy else was_legacy:
         generation, remedy = ("current", "'s successor") if is_legacy else ("legacy", "")
-        warnings.warn(
-            f"The checkpoint was written with a {generation}-generation optimizer, whose state "
-            f"{optimizer} cannot take: that starts anew. The weights, the number of steps and any "
-            "averages are restored. To restore everything, use the same optimizer of "
-            f"`tf_keras.optimizers.legacy`{remedy}.",
-            stacklevel=3,
-        )
-        return WithoutState(optimizer.iterations)
+        writer = f"a {generation}-generation optimizer of tf_keras"
+        remedy = f"the same optimizer of `tf_keras.optimizers.legacy`{remedy}"
+        return without_state(writer, optimizer, optimizer.iterations, remedy)
     if is_legacy:
         expected, received = _slot_names(optimizer), positions.slot_names(position)
         # Its settings are variables too, which are created together with the slots.

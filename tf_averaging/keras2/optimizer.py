@@ -29,7 +29,6 @@ from tf_averaging.core.variables import as_written
 from tf_averaging.keras2 import inner_optimizer as inner_optimizers
 from tf_averaging.keras2.variable_list import VariableList
 from tf_averaging.saving import arrays
-from tf_averaging.saving import positions
 
 
 class Keras2Face(tf_keras.optimizers.Optimizer):
@@ -394,9 +393,6 @@ class Keras2Face(tf_keras.optimizers.Optimizer):
 
     def _restore_target(self, position: Any, is_of_predecessor: bool):
         """What the node of an inner optimizer in a checkpoint is to be restored into."""
-        was_current = "_iterations" in positions.child_names(position) and not is_of_predecessor
-        if was_current and not self._is_legacy:
-            return self._inner_optimizer
         return inner_optimizers.restore_target(self._inner_optimizer, position, is_of_predecessor)
 
     def _inner_waits(self) -> bool:

@@ -16,7 +16,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from typing import Any, Dict, Iterable, List, Optional, Sequence, Tuple, Union
 
 import keras
@@ -29,7 +28,7 @@ from tf_averaging.core.variables import VariableMap
 from tf_averaging.core.variables import as_written
 from tf_averaging.saving import arrays
 from tf_averaging.saving import positions
-from tf_averaging.saving.predecessors import WithoutState
+from tf_averaging.saving.predecessors import without_state
 
 
 class Keras3Face(keras.optimizers.Optimizer):
@@ -321,16 +320,12 @@ class Keras3Face(keras.optimizers.Optimizer):
 
     def _restore_target(self, position: Any, is_of_predecessor: bool):
         """What the node of an inner optimizer in a checkpoint is to be restored into."""
-        if not is_of_predecessor and not positions.child_names(position) & {"iter", "_index_dict"}:
-            return self._inner_optimizer
-        warnings.warn(
-            "The checkpoint was written with an optimizer of tf_keras, whose state "
-            f"{self._inner_optimizer} cannot take: that starts anew. The number of steps is restored; so "
-            "are weights and averages of variables that both have, as models of two Kerases do not. To "
-            "restore everything, use that optimizer and a model of tf_keras.",
-            stacklevel=3,
-        )
-        return WithoutState(self._steps_variable())
+        inner = self._inner_optimizer
+        # A nested averaging optimizer asks this of its own inner one.
+        if positions.is_of_keras_3(position) or "inner_optimizer" in positions.child_names(position):
+            return inner
+        remedy = "that optimizer, and a model of tf_keras, which has its variables at other places"
+        return without_state("an optimizer of tf_keras", inner, self._steps_variable(), remedy)
 
     def _inner_waits(self) -> bool:
         """Whether restored values wait for the inner optimizer's variables."""

@@ -109,20 +109,17 @@ class OptimizerState:
         head = checked_head(rest[:head_length])
         checked = all_checked([*arrays[:first], *arrays[last:]], self.inner + self.own)
         columns, stashes = _columns(clocks, len(averaged) or None), iter(values[len(averaged) :])
+        clock_of = [self._clock(columns, place, head) for place in range(len(values))]
         if averaged:
             saved = [
                 checked_average(
-                    slots.variable,
-                    average,
-                    None if slots.stash is None else next(stashes),
-                    self._clock(columns, place, head),
+                    slots.variable, average, None if slots.stash is None else next(stashes), clock
                 )
-                for place, (slots, average) in enumerate(zip(averaged, values))
+                for slots, average, clock in zip(averaged, values, clock_of)
             ]
-        else:
+        else:  # The last ones may be stashes.
             saved = [
-                SavedAverage(as_number(value), None, self._clock(columns, place, head))
-                for place, value in enumerate(values)  # The last ones may be stashes.
+                SavedAverage(as_number(value), None, clock) for value, clock in zip(values, clock_of)
             ]
         self._assign(self.inner + self.own, checked)
         self.averages.set_status(*head[:2], like=self.trained[0] if self.trained else None)
@@ -167,7 +164,9 @@ class OptimizerState:
         """
         arrays = [store[str(index)] for index in range(sum(key.isdigit() for key in _keys(store)))]
         if "averages_of" not in _keys(store):
-            self._load_plain(arrays)
+            self._assign(self.inner, all_checked(arrays, self.inner))
+            self.averages.start_over()
+            predecessors.warn_of_no_averages("file")
             return
         about = json.loads(np.asarray(store["about"]).tobytes()) if "about" in _keys(store) else {}
         moved = self._moved(list(map(str, about.get("names", []))))
@@ -278,14 +277,6 @@ class OptimizerState:
             self.unclaimed.keep(others)
             self.unclaimed.give_to([v for v in untrained if averages.slots[v].kind == "average"])
 
-    def _load_plain(self, arrays: Sequence[Any]) -> None:
-        self._assign(self.inner, all_checked(arrays, self.inner))
-        self.averages.start_over()
-        warnings.warn(
-            "The file was written by an optimizer without averages. They start from the weights in it.",
-            stacklevel=4,
-        )
-
     def _assign(self, variables: Sequence[tf.Variable], arrays: Sequence[np.ndarray]) -> None:
         for variable, array in zip(variables, arrays):
             variable.assign(tf.cast(array, variable.dtype))
@@ -302,14 +293,12 @@ def _keys(store) -> List[str]:
     return list(store.keys())  # Keras 3's stores cannot be iterated over.
 
 
-def _numbered(names) -> List[Tuple[str, int]]:
-    """Each name with the number of times that it came before."""
+def _numbered(names: Sequence[str]):
+    """Yields each name with the number of times that it came before."""
     seen: Dict[str, int] = collections.Counter()
-    numbered = []
     for name in names:
-        numbered.append((name, seen[name]))
+        yield name, seen[name]
         seen[name] += 1
-    return numbered
 
 
 # What an averaging optimizer asks for.
@@ -345,6 +334,7 @@ def load(optimizer: AveragedOptimizerWrapper, store) -> None:
         warnings.warn(message, stacklevel=3)
         return
     try:
+        _check_claims(store)
         OptimizerState(optimizer).load(store)
     except (AttributeError, KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
         warnings.warn(
@@ -355,6 +345,19 @@ def load(optimizer: AveragedOptimizerWrapper, store) -> None:
 
 
 # Checks. All of them raise a ValueError that says what was expected and received.
+
+
+def _check_claims(store) -> None:
+    """Looks at the sizes in the file before anything is read: one of a few KB may claim gigabytes."""
+
+    def check(name: str, item: Any) -> None:
+        claimed = getattr(item, "nbytes", 0)  # A group has none.
+        if claimed > 2**26 and claimed > 100 * item.id.get_storage_size():
+            raise ValueError(f"Expected stored arrays. Received {claimed} bytes that are none: {name!r}")
+
+    file = getattr(store, "h5_file", getattr(store, "file", None))  # Of Keras 3, of tf_keras.
+    if file is not None:
+        file.visititems(check)
 
 
 def all_checked(arrays: Sequence[Any], variables: Sequence[tf.Variable]) -> List[np.ndarray]:
@@ -368,16 +371,15 @@ def _checked(array: Any, variable: tf.Variable, role: str = "") -> np.ndarray:
     if variable.dtype == tf.bool:
         return np.array(_checked_flag(array))
     array = array if hasattr(array, "shape") else as_number(array)
+    of = f"for {role}{variable.name!r}. Received:"
     if not variable.shape.is_compatible_with(array.shape):  # Not read yet: files may claim anything.
-        name = f"{role}{variable.name!r}"
-        raise ValueError(f"Expected shape {variable.shape} for {name}. Received: {array.shape}")
+        raise ValueError(f"Expected shape {variable.shape} {of} {array.shape}")
     array = as_number(array)
     kinds = "iu" if variable.dtype.is_integer else "fciu" if variable.dtype.is_complex else "fiu"
     if array.dtype.kind not in kinds and array.dtype != tf.bfloat16.as_numpy_dtype:
-        raise ValueError(f"Expected {variable.dtype.name} for {variable.name!r}. Received: {array.dtype}")
+        raise ValueError(f"Expected {variable.dtype.name} {of} {array.dtype}")
     if variable.dtype.is_integer and np.any(array > variable.dtype.max):
-        largest = variable.dtype.max
-        raise ValueError(f"Expected numbers up to {largest} for {variable.name!r}. Received: {array!r}")
+        raise ValueError(f"Expected numbers up to {variable.dtype.max} {of} {array!r}")
     return array
 
 
@@ -389,12 +391,16 @@ def checked_average(
     return SavedAverage(checked, None if stash is None else _checked(stash, variable), clock)
 
 
+def _as_array(array: Any, expected: str) -> np.ndarray:
+    try:
+        return np.asarray(array)
+    except (TypeError, OSError, RuntimeError) as error:
+        raise ValueError(f"Expected {expected}. Received: {array!r}") from error
+
+
 def as_number(array: Any) -> np.ndarray:
     """A NumPy array of numbers."""
-    try:
-        array = np.asarray(array)
-    except (TypeError, OSError, RuntimeError) as error:
-        raise ValueError(f"Expected an array of numbers. Received: {array!r}") from error
+    array = _as_array(array, "an array of numbers")
     bfloat16 = tf.bfloat16.as_numpy_dtype
     if array.dtype == np.dtype("V2"):
         array = array.view(bfloat16)  # HDF5 has no name for it.
@@ -411,11 +417,8 @@ def _columns(arrays: Sequence[np.ndarray], number: Optional[int]) -> Optional[np
     if any(array.dtype.kind not in "iu" or array.ndim != 2 or len(array) != 2 for array in arrays):
         raise ValueError(f"Expected integers of shape [2, {number}] for the clocks. Received: {arrays!r}")
     clocks = np.concatenate(arrays, axis=1)
-    if (
-        number not in (None, clocks.shape[1])
-        or np.any(clocks < NOT_SET)
-        or np.any(clocks > np.iinfo(np.int64).max)
-    ):
+    fits = number in (None, clocks.shape[1])
+    if not fits or np.any(clocks < NOT_SET) or np.any(clocks > np.iinfo(np.int64).max):
         raise ValueError(f"Expected the clocks of {number} averages. Received: {clocks!r}")
     return clocks
 
@@ -440,10 +443,7 @@ def checked_head(arrays: Sequence[Any]) -> Head:
 
 def _checked_flag(array: Any) -> bool:
     """Version 0.1 wrote a vector, of length 1 while swapped and 0 otherwise."""
-    try:
-        flag = np.asarray(array)
-    except (TypeError, OSError, RuntimeError) as error:
-        raise ValueError(f"Expected a bool. Received: {array!r}") from error
+    flag = _as_array(array, "a bool")
     if flag.dtype != bool or flag.size > 1 or flag.ndim > 1:
         raise ValueError(f"Expected a bool array of no more than one element. Received: {flag!r}")
     return bool(np.any(flag))

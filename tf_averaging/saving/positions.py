@@ -167,6 +167,11 @@ def child_names(position: Position) -> Set[str]:
     return {child.local_name for child in position.object_proto.children}
 
 
+def is_of_keras_3(position: Position) -> bool:
+    """Whether an optimizer of Keras 3 wrote the node: those of tf_keras have no such list."""
+    return "_trainable_variables" in child_names(position)
+
+
 def slot_names(position: Position) -> Set[str]:
     """The names of the slots of the node at this position."""
     return {slot.slot_name for slot in position.object_proto.slot_variables}

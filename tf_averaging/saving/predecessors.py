@@ -72,11 +72,7 @@ def restore(
     if inner_name is None:
         owner.give_all_to(inner)
         node.start_over()
-        warnings.warn(
-            "The checkpoint was written by an optimizer without averages. They start from the weights "
-            "in it.",
-            stacklevel=2,
-        )
+        warn_of_no_averages("checkpoint")
         return Restored(position, inner)
     _check_scheme(owner, optimizer._predecessors)
     owner.children[inner_name].restore(inner)
@@ -98,6 +94,14 @@ def _check_scheme(owner: positions.Owner, predecessor_names: Sequence[str]) -> N
         warn_of_other_scheme(others.pop(), " or ".join(predecessor_names))
 
 
+def warn_of_no_averages(file: str) -> None:
+    """Warns that the file of an optimizer without averages was restored."""
+    warnings.warn(
+        f"The {file} was written by an optimizer without averages. They start from the weights in it.",
+        stacklevel=5,
+    )
+
+
 def warn_of_other_scheme(found: str, expected: str) -> None:
     """Warns that averages which were kept in one way were restored, and will be kept in another."""
     warnings.warn(
@@ -106,6 +110,24 @@ def warn_of_other_scheme(found: str, expected: str) -> None:
         "`reset_averages()` starts anew from the weights.",
         stacklevel=5,
     )
+
+
+def without_state(writer: str, optimizer: Any, steps: tf.Variable, remedy: str) -> WithoutState:
+    """What is restored in place of an optimizer that cannot take the state in a file; warns of it.
+
+    Args:
+      writer: what wrote the file.
+      optimizer: the optimizer here.
+      steps: the variable that counts its steps.
+      remedy: what restores everything.
+    """
+    warnings.warn(
+        f"The checkpoint was written with {writer}, whose state {optimizer} cannot take: that starts "
+        "anew. The number of steps is restored, and so are weights and averages of variables that are at "
+        f"the same place. To restore everything, use {remedy}.",
+        stacklevel=4,
+    )
+    return WithoutState(steps)
 
 
 class WithoutState(tf.__internal__.tracking.Trackable):
