@@ -122,9 +122,11 @@ def _scales_loss(optimizer) -> bool:
 # What is expected.
 
 
+SWA = numpy_averages.swa(1, 2)
+
+
 def swa(generation="current", **options):
-    scheme = numpy_averages.swa(1, 2)
-    return scheme.wrap(SGD[generation](0.02, momentum=0.9), **options), scheme
+    return SWA.wrap(SGD[generation](0.02, momentum=0.9), **options), SWA
 
 
 EMA = numpy_averages.ema(0.9)
@@ -151,18 +153,18 @@ def assert_averages(optimizer, variables, recorded, scheme) -> None:
 # A model and its training.
 
 
-def new_model(strategy, batch_norm: Optional[type] = None, **options):
-    KERAS.utils.set_random_seed(1)
+def new_model(strategy, batch_norm: Optional[type] = None, keras=KERAS, **options):
+    keras.utils.set_random_seed(1)
     with strategy.scope():
-        layers = [KERAS.Input([INPUTS]), KERAS.layers.Dense(HIDDEN, activation="relu")]
+        layers = [keras.Input([INPUTS]), keras.layers.Dense(HIDDEN, activation="relu")]
         if batch_norm is not None:
             layers.append(batch_norm(momentum=0.5, **options))
-        return KERAS.Sequential([*layers, KERAS.layers.Dense(1, dtype="float32")])
+        return keras.Sequential([*layers, keras.layers.Dense(1, dtype="float32")])
 
 
-def compiled(strategy, make, batch_norm: Optional[type] = None, **options):
+def compiled(strategy, make, batch_norm: Optional[type] = None, keras=KERAS, **options):
     """A model with an optimizer that `make` returns, and its scheme."""
-    model = new_model(strategy, batch_norm, **options)
+    model = new_model(strategy, batch_norm, keras, **options)
     with strategy.scope():
         optimizer, scheme = make()
         model.compile(optimizer, "mse")

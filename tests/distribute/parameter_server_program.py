@@ -21,6 +21,7 @@ import tempfile
 import traceback
 
 import checks
+import keras as keras_3
 import numpy as np
 import processes
 import pytest
@@ -29,6 +30,7 @@ import tf_keras
 
 import tf_averaging as tfav
 from tests import numpy_averages
+from tf_averaging import kerases
 from tf_averaging.core import variables as core_variables
 
 STEPS = 5
@@ -59,6 +61,14 @@ def one_batch():
 
 def evaluate(model):
     return model.evaluate(one_batch(), steps=1, verbose=0)
+
+
+def schemes_of(keras):
+    """Functions that make optimizers of this Keras, each with its scheme, as those of `checks` do."""
+    if keras is tf_keras:
+        return checks.ema, lambda: checks.swa("legacy")
+    schemes = checks.EMA, checks.SWA
+    return [lambda s=scheme: (s.wrap(keras.optimizers.SGD(0.02, 0.9)), s) for scheme in schemes]
 
 
 def coordinator_of(strategy):
@@ -118,22 +128,22 @@ def fit_with_a_dataset_function(strategy):
         assert type(whole).__name__ == type(kernel).__name__ or not is_sharded(kernel)
 
 
-def ema_of_all():
-    return checks.ema(trainable_weights_only=False)
+def ema_of_all(keras=tf_keras):
+    return checks.EMA.wrap(keras.optimizers.SGD(0.02, 0.9), trainable_weights_only=False), checks.EMA
 
 
 def is_sharded(variable) -> bool:
     return isinstance(variable, tf.__internal__.distribute.ShardedVariable)
 
 
-def coordinator_loop_follows_numpy(strategy):
-    for make in (checks.ema, lambda: checks.swa("legacy")):
-        model, optimizer, scheme = checks.compiled(strategy, make)
+def coordinator_loop_follows_numpy(strategy, keras=tf_keras):
+    for make in schemes_of(keras):
+        model, optimizer, scheme = checks.compiled(strategy, make, keras=keras)
         recorded = serial_training(strategy, model)
         checks.assert_averages(optimizer, model.trainable_variables, recorded, scheme)
         assert optimizer.num_averaged == len(numpy_averages.due_steps(scheme, EXACT_STEPS))
         recorded = [whole_weights(model, weights) for weights in recorded]
-        for weights, expected in zip(recorded, one_device_weights(make, recorded[0])):
+        for weights, expected in zip(recorded, one_device_weights(keras, make, recorded[0])):
             for actual, value in zip(weights, expected):
                 checks.assert_close(actual, value, tolerance=1e-5)
 
@@ -142,16 +152,16 @@ def whole_weights(model, shards):
     """The values of `model.trainable_variables`, shards put together."""
     shards, whole = list(shards), []
     for layer in model.layers:
-        for variable in (layer.kernel, layer.bias):
+        for variable in map(kerases.tf_variable, (layer.kernel, layer.bias)):
             count = len(variable.variables) if is_sharded(variable) else 1
             whole.append(np.concatenate([shards.pop(0) for _ in range(count)]))
     return whole
 
 
-def one_device_weights(make, initial):
+def one_device_weights(keras, make, initial):
     """The weights of the same training, from the same start, on this machine alone."""
     with tf.device("/job:chief/device:CPU:0"):
-        model, optimizer, _ = checks.compiled(tf.distribute.get_strategy(), make)
+        model, optimizer, _ = checks.compiled(tf.distribute.get_strategy(), make, keras=keras)
         model.set_weights(initial)
         recorded = [model.get_weights()]
         for batch in range(EXACT_STEPS):
@@ -177,15 +187,16 @@ class Half(tfav.AveragedOptimizerWrapper):
         return tf.constant(0.5, tf.float64)
 
 
-def asynchronous(strategy, make):
+def asynchronous(strategy, make, keras=tf_keras):
     """An optimizer, its variables, and a function that has two workers take so many steps at once.
 
     The variables stay as they are, zeros at first. The matrix is large, so that updates of one worker
     begin while those of the other run.
     """
+    new_variable = tf.Variable if keras is tf_keras else keras.Variable
     with strategy.scope():
-        whole = [tf.Variable(tf.zeros([2000, 1000]), name="matrix"), tf.Variable(0.0, name="scalar")]
-        optimizer = make(tf_keras.optimizers.SGD(1.0))
+        whole = [new_variable(tf.zeros([2000, 1000]), name="matrix"), new_variable(0.0, name="scalar")]
+        optimizer = make(keras.optimizers.SGD(1.0))
     variables = [shard for v in whole for shard in (v.variables if is_sharded(v) else [v])]
     optimizer.build(variables)
     coordinator = coordinator_of(strategy)
@@ -203,15 +214,17 @@ def asynchronous(strategy, make):
     return optimizer, variables, run
 
 
-def asynchronous_steps_are_each_averaged_once(strategy):
+def asynchronous_steps_are_each_averaged_once(strategy, keras=tf_keras, times=10):
     """From the very first on; none is lost, none is overwritten by a start that comes late."""
     steps = 6
-    optimizer, variables, run = asynchronous(strategy, Counting)
+    optimizer, variables, run = asynchronous(strategy, Counting, keras)
     untrained = optimizer.get_weights()
-    for _ in range(10):
+    for _ in range(times):
         optimizer.set_weights(untrained)
         run(steps)
-        assert optimizer.iterations.numpy() == optimizer.num_averaged == steps
+        assert optimizer.num_averaged == steps
+        # Keras 3 reads the number of steps and writes it: two workers may count one step.
+        assert keras is keras_3 or optimizer.iterations.numpy() == steps
         for variable in variables:
             average = optimizer.get_slot(variable, "average").numpy()
             np.testing.assert_array_equal(average, np.full(variable.shape, steps, np.float32))
@@ -364,8 +377,9 @@ def training_while_swapped_fails_and_moves_nothing(strategy):
         assert optimizer.num_averaged == 2 * steps
 
 
-def batch_norm_statistics_are_averaged(strategy):
-    model, optimizer, scheme = checks.compiled(strategy, ema_of_all, tf_keras.layers.BatchNormalization)
+def batch_norm_statistics_are_averaged(strategy, keras=tf_keras):
+    layer = keras.layers.BatchNormalization
+    model, optimizer, scheme = checks.compiled(strategy, lambda: ema_of_all(keras), layer, keras)
     optimizer.shadow_copy(model)
     statistics = [v for v in model.non_trainable_variables if "moving" in v.name]
     assert statistics
@@ -482,7 +496,44 @@ def mixed_precision(strategy):
         evaluate(model)
 
 
+def keras_3_in_a_custom_loop(strategy):
+    """Its own `fit` is broken there. It cannot train variables in shards, whatever the optimizer."""
+    if strategy._extended._variable_partitioner is not None:
+        bare = checks.compiled(strategy, lambda: (keras_3.optimizers.SGD(), None), keras=keras_3)[0]
+        with pytest.raises(AttributeError, match="'ShardedVariable' object has no attribute 'handle'"):
+            serial_training(strategy, bare)
+        return
+    coordinator_loop_follows_numpy(strategy, keras_3)
+    asynchronous_steps_are_each_averaged_once(strategy, keras_3, times=2)
+    batch_norm_statistics_are_averaged(strategy, keras_3)
+    model, optimizer, _ = checks.compiled(strategy, schemes_of(keras_3)[0], keras=keras_3)
+    serial_training(strategy, model)
+    variables = model.trainable_variables
+    averages = [optimizer.get_slot(variable, "average") for variable in variables]
+    before = checks.all_bits(variables), checks.all_bits(averages)
+    for variable, average in zip(variables, averages):
+        assert kerases.tf_variable(variable).device == average.device
+        assert "/job:ps" in average.device
+    with tempfile.TemporaryDirectory() as directory, optimizer.swapped_weights():
+        assert (checks.all_bits(averages), checks.all_bits(variables)) == before
+        with pytest.raises(tf.errors.InvalidArgumentError, match=checks.GUARD):
+            serial_training(strategy, model, 1)
+        assert (checks.all_bits(averages), checks.all_bits(variables)) == before
+        path = tf.train.Checkpoint(model=model, optimizer=optimizer).save(f"{directory}/ckpt")
+        resumed, other, _ = checks.compiled(strategy, schemes_of(keras_3)[0], keras=keras_3)
+        with strategy.scope():
+            other.build(resumed.trainable_variables)
+        status = tf.train.Checkpoint(model=resumed, optimizer=other).restore(path)
+        status.assert_consumed()
+    other.swap_weights()
+    for each in (model, resumed):
+        serial_training(strategy, each)
+    assert checks.all_bits(resumed.trainable_variables) == checks.all_bits(variables)
+    assert [w.tolist() for w in other.get_weights()] == [w.tolist() for w in optimizer.get_weights()]
+
+
 CHECKS = [
+    keras_3_in_a_custom_loop,
     fit_with_a_dataset_function,
     coordinator_loop_follows_numpy,
     asynchronous_steps_are_each_averaged_once,
