@@ -340,12 +340,12 @@ def train_in_function(*arguments):
     tf.function(lambda: train_eagerly(*arguments))()
 
 
-def fitting(wrap=lambda optimizer: optimizer, **options):
+def fitting(wrap=lambda optimizer, keras: optimizer, **options):
     """A function like `train_eagerly` that calls `fit` of a model compiled with these options."""
 
     def train(strategy, optimizer, model):
         with strategy.scope():
-            model.compile(wrap(optimizer), "mse", **options)
+            model.compile(wrap(optimizer, optimizer.keras), "mse", **options)
         testing_utils.fit_steps(model, 2)
 
     return train
@@ -357,6 +357,12 @@ ON_SOME = {
     "steps_per_execution": fitting(steps_per_execution=2),
     "loss scaling": fitting(testing_utils.loss_scaled),
 }
+# XLA drops assertions; the check survives it. On CPUs it compiles for one replica only.
+COMPILED = {
+    "XLA": fitting(jit_compile=True),
+    "XLA, loss scaling": fitting(testing_utils.loss_scaled, jit_compile=True),
+}
+KERAS_3 = keras_3.optimizers
 
 
 @pytest.mark.parametrize(
@@ -364,16 +370,18 @@ ON_SOME = {
     [
         *((s, m, t) for s in ("default", "mirrored") for m in (CURRENT, LEGACY) for t in ON_ALL),
         *((s, m, t) for s, m in [("default", CURRENT), ("mirrored", LEGACY)] for t in ON_SOME),
-        # XLA drops assertions; the check survives it. On CPUs tf_keras compiles for one replica only.
         *(("default", module, "XLA") for module in (CURRENT, LEGACY)),
+        *(("default", KERAS_3, train) for train in {**ON_ALL, **ON_SOME, **COMPILED}),
+        ("mirrored", KERAS_3, "fit"),
     ],
     indirect=["strategy"],
 )
 def test_training_while_swapped(strategy, module, train):
-    train = {**ON_ALL, **ON_SOME, "XLA": fitting(jit_compile=True)}[train]
-    model = testing_utils.new_model(strategy=strategy)
+    train = {**ON_ALL, **ON_SOME, **COMPILED}[train]
+    model = testing_utils.new_model(strategy=strategy, keras=testing_utils.keras_of(module))
     with strategy.scope():
         optimizer = EMA(module.Adam(0.1))
+        optimizer.build(model.trainable_variables)
     train_eagerly(strategy, optimizer, model)
     optimizer.swap_weights()
     before = bits([*model.variables, *optimizer.get_weights()])

@@ -38,6 +38,7 @@ def state_of(model, with_statistics: bool = True) -> dict:
     if optimizer is not model.optimizer:
         names = ("loss_scale", "dynamic_counter")
         if keras_of(model).__name__ == "keras":
+            build(model)  # Before that Keras 3 has neither.
             names = ("dynamic_scale", "step_counter")
         state["loss_scale"] = [np.asarray(getattr(model.optimizer, name).numpy()) for name in names]
     return {name: bits(arrays) for name, arrays in state.items()}

@@ -13,12 +13,9 @@
 # limitations under the License.
 """Around an optimizer of Keras 3 the same holds as around one of tf_keras."""
 
-import copy
 import os
-import pickle
 import subprocess
 import sys
-import warnings
 
 import keras as keras_3
 import numpy as np
@@ -59,63 +56,7 @@ def everything(model) -> list:
     return testing_utils.bits([*read_all(model.variables), *averaging(model.optimizer).get_weights()])
 
 
-# Averages equal their definition, and the weights are those of the bare optimizer.
-
-EACH_OPTIMIZER = {
-    "SGD": lambda: SGD(0.1, momentum=0.9, nesterov=True, weight_decay=0.01, clipnorm=0.5),
-    "Adam": lambda: OPTIMIZERS.Adam(0.02, amsgrad=True, global_clipnorm=1.0),
-    "AdamW": lambda: OPTIMIZERS.AdamW(OPTIMIZERS.schedules.ExponentialDecay(0.02, 2, 0.5)),
-    "Nadam": lambda: OPTIMIZERS.Nadam(0.02),
-    "RMSprop": lambda: OPTIMIZERS.RMSprop(0.02, centered=True, momentum=0.5),
-    "Adagrad": lambda: OPTIMIZERS.Adagrad(0.1),
-    "Adadelta": lambda: OPTIMIZERS.Adadelta(1.0),
-    "Adamax": lambda: OPTIMIZERS.Adamax(0.02),
-    "Adafactor": lambda: OPTIMIZERS.Adafactor(0.02),
-    "Lion": lambda: OPTIMIZERS.Lion(0.02),
-    "Lamb": lambda: OPTIMIZERS.Lamb(0.02),
-    "Ftrl": lambda: OPTIMIZERS.Ftrl(0.1, loss_scale_factor=8.0),
-    "Muon": lambda: OPTIMIZERS.Muon(0.02),
-    "MultiOptimizer": lambda: OPTIMIZERS.MultiOptimizer(
-        OPTIMIZERS.OptimizerMap(OPTIMIZERS.Adam(0.02), {".*bias": SGD(0.1)})
-    ),
-}
-IN_EACH_MODE = {
-    "graph": {},
-    "eager": {"run_eagerly": True},
-    "XLA": {"jit_compile": True},
-    "steps_per_execution": {"steps_per_execution": 3},
-}
-SCHEMES = {
-    "EMA": numpy_averages.ema(0.9, dynamic=False),
-    "dynamic EMA": numpy_averages.ema(0.9),
-    "late EMA": numpy_averages.ema(0.8, start=2, dynamic=False, period=2),
-    "SWA": numpy_averages.swa(1, 2),
-}
-
-
-def sample():
-    """Each optimizer in graphs, and in one of the other modes; the schemes take turns."""
-    modes, schemes = list(IN_EACH_MODE), list(SCHEMES)
-    for index, name in enumerate(name for name in EACH_OPTIMIZER if hasattr(OPTIMIZERS, name)):
-        yield name, "graph", schemes[index % 4]
-        yield name, modes[1 + index % 3], schemes[(index + 1) % 4]
-
-
-@pytest.mark.parametrize(("name", "mode", "scheme"), sample())
-def test_averages_and_undisturbed_weights(name, mode, scheme):
-    scheme, make = SCHEMES[scheme], EACH_OPTIMIZER[name]
-    run = fit(lambda: scheme.wrap(make()), **IN_EACH_MODE[mode])
-    bare = fit(make, **IN_EACH_MODE[mode])
-    assert isinstance(run.optimizer, OPTIMIZERS.Optimizer)
-    if mode == "XLA":
-        for expected, actual in zip(bare.history, run.history):
-            for one, other in zip(expected, actual):
-                np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
-    else:
-        testing_utils.assert_same_training(bare, run)
-    if mode == "steps_per_execution":  # Whose callbacks do not see each step.
-        run = run._replace(history=fit(make).history)
-    testing_utils.assert_averages(run, scheme, tolerance=3e-6)
+# Steps.
 
 
 @pytest.mark.parametrize("as_function", [False, True], ids=["eager", "function"])
@@ -150,43 +91,6 @@ def test_custom_loop(strategy, method, keras_variables, as_function):
     wrapped = run(scheme.wrap)
     testing_utils.assert_same_training(run(lambda optimizer: optimizer), wrapped)
     testing_utils.assert_averages(wrapped, scheme)
-
-
-@pytest.mark.parametrize("scheme", SCHEMES)
-def test_step_that_creates_the_model_it_trains(scheme):
-    """Averages made while the step is traced begin from weights that have no values yet."""
-
-    def train(wrap):
-        keras_3.utils.set_random_seed(1)
-        model = keras_3.Sequential([keras_3.layers.Dense(3), keras_3.layers.Dense(1)])
-        optimizer = wrap(SGD(0.1, momentum=0.9))
-
-        @tf.function
-        def step(x, y):
-            with tf.GradientTape() as tape:
-                loss = tf.reduce_mean((model(x) - y) ** 2)
-            variables = model.trainable_variables
-            optimizer.apply_gradients(zip(tape.gradient(loss, variables), variables))
-
-        history = []
-        for start in range(0, 6 * BATCH, BATCH):
-            rows = slice(start, start + BATCH)
-            step(X[rows], Y[rows])
-            history.append(read_all(model.trainable_variables))
-        return testing_utils.Run(optimizer, model.trainable_variables, history)
-
-    scheme = SCHEMES[scheme]
-    bare, run = train(lambda optimizer: optimizer), train(scheme.wrap)
-    testing_utils.assert_same_training(bare, run)
-    for index, variable in enumerate(run.variables):
-        # The weights before the first step are known to nobody; an update with weight 1 forgets them.
-        if scheme.start or scheme.weight(0, 0) == 1:
-            history = [values[index] for values in (run.history[0], *run.history)]
-            expected = numpy_averages.expected_average(scheme, history)
-            np.testing.assert_allclose(
-                read(run.optimizer.get_slot(variable, "average")), expected, rtol=1e-5
-            )
-        assert np.isfinite(read(run.optimizer.get_slot(variable, "average"))).all()
 
 
 def test_constraint_is_applied_once_and_before_the_update():
@@ -266,16 +170,14 @@ def test_mixed_precision(policy, skips, dtype):
     assert optimizer.get_slot(weights[0], "average").dtype == tf.float32
 
 
-@pytest.mark.parametrize("trainable_only", [True, False], ids=["", "with_statistics"])
-@with_loss_scaling
-def test_fit_on_replicas(mirrored_strategy, loss_scaling, trainable_only):
+def test_statistics_on_replicas_under_loss_scaling(mirrored_strategy):
     """Statistics of BatchNormalization differ between the replicas, and so do their averages."""
 
     def train(wrap):
         model = new_model(
             lambda: wrap(SGD(0.1, momentum=0.9)),
             batch_norm=True,
-            loss_scaling=loss_scaling,
+            loss_scaling=True,
             strategy=mirrored_strategy,
         )
         if wrap is swa:
@@ -288,7 +190,7 @@ def test_fit_on_replicas(mirrored_strategy, loss_scaling, trainable_only):
         return model, history
 
     def swa(inner):
-        return tfav.SWA(inner, 0, 1, trainable_weights_only=trainable_only)
+        return tfav.SWA(inner, 0, 1, trainable_weights_only=False)
 
     _, expected = train(lambda inner: inner)
     model, history = train(swa)
@@ -301,183 +203,12 @@ def test_fit_on_replicas(mirrored_strategy, loss_scaling, trainable_only):
             mean = np.mean([values[index].astype(np.float64) for values in history], axis=0)
             average = read(optimizer.get_slot(variable, "average"))
             np.testing.assert_allclose(average, mean, rtol=3e-6, atol=3e-6)
-    assert averaged == (6 if trainable_only else 8)
-    if not trainable_only:
-        first, second = read(optimizer.get_slot(model.get_layer("bn").moving_mean, "average"))
-        assert not np.array_equal(first, second)
-
-
-# Swapping.
-
-
-def test_swap_is_exact(strategy):
-    odd = np.array([np.nan, np.inf, -np.inf, -0.0, 1e-42, 1.0], np.float32)
-    with strategy.scope():
-        variable = keras_3.Variable(odd)
-        optimizer = tfav.ExponentialMovingAverage(SGD(1.0), start_step=5)
-        optimizer.build([variable])
-    strategy.run(lambda: optimizer.apply([tf.zeros(6)], [variable]))
-    optimizer.update_average(0.0)
-    slot = optimizer.get_slot(variable, "average")
-    slot.assign(odd[::-1].copy())
-    weights, average = testing_utils.bits([read(variable)]), testing_utils.bits([read(slot)])
-    optimizer.swap_weights()
-    assert optimizer.weights_swapped
-    assert testing_utils.bits([read(variable)]) == average
-    assert testing_utils.bits([read(slot)]) == weights
-    optimizer.swap_weights()
-    assert testing_utils.bits([read(variable)]) == weights
-    assert testing_utils.bits([read(slot)]) == average
-
-
-def test_predict_that_was_compiled_before_sees_the_averages():
-    model = new_model(tfav.SWA(SGD(0.1), 0, 1))
-    fit_steps(model, 3)
-    raw = model.predict(X, verbose=0)
-    expected = new_model()
-    expected.set_weights([model.optimizer.get_average(v).numpy() for v in model.trainable_variables])
-    with model.optimizer.swapped_weights():
-        np.testing.assert_array_equal(model.predict(X, verbose=0), expected.predict(X, verbose=0))
-    np.testing.assert_array_equal(model.predict(X, verbose=0), raw)
-
-
-@pytest.mark.parametrize("mode", IN_EACH_MODE)
-@with_loss_scaling
-def test_training_while_swapped(mode, loss_scaling):
-    optimizer = tfav.SWA(OPTIMIZERS.Adam(0.1), 0, 1)
-    model = new_model()
-    compiled = testing_utils.loss_scaled(optimizer, keras_3) if loss_scaling else optimizer
-    model.compile(compiled, "mse", **IN_EACH_MODE[mode])
-    fit_steps(model, 3)
-    optimizer.swap_weights()
-    before = everything(model)
-    with pytest.raises(tf.errors.InvalidArgumentError, match="swap_weights"):
-        fit_steps(model, 3)
-    assert everything(model) == before
-
-
-def test_training_replicas_while_swapped(mirrored_strategy):
-    model = new_model(lambda: tfav.SWA(SGD(0.1), 0, 1), strategy=mirrored_strategy)
-    fit_steps(model, 2)
-    model.optimizer.swap_weights()
-    before = read_all(model.trainable_variables)
-    with pytest.raises(tf.errors.InvalidArgumentError, match="swap_weights"):
-        fit_steps(model, 1)
-    assert_same_bits(read_all(model.trainable_variables), before)
+    assert averaged == 8
+    first, second = read(optimizer.get_slot(model.get_layer("bn").moving_mean, "average"))
+    assert not np.array_equal(first, second)
 
 
 # Files.
-
-
-def new_saved_model(loss_scaling=False, trainable_only=True, seed=1, strategy=DEFAULT):
-    model = new_model(
-        lambda: tfav.ExponentialMovingAverage(OPTIMIZERS.Adam(0.02), trainable_only, start_step=1),
-        batch_norm=True,
-        loss_scaling=loss_scaling,
-        seed=seed,
-        strategy=strategy,
-    )
-    if not trainable_only:
-        averaging(model.optimizer).shadow_copy(model)
-    return model
-
-
-class Pickled:
-    """A copy of the model, which Keras makes by way of a `.keras` file."""
-
-    @staticmethod
-    def save(model, path):
-        with open(path + "/model.pickle", "wb") as file:
-            pickle.dump(model, file)
-
-    @staticmethod
-    def resume(model, path):
-        with open(path + "/model.pickle", "rb") as file:
-            return copy.deepcopy(pickle.load(file))
-
-
-FORMATS = [*file_formats.KERAS_3_FORMATS, Pickled]
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    """A directory with a run saved in all formats, swapped and not, and its state 20 steps later."""
-    made = {}
-
-    def get(loss_scaling, trainable_only):
-        key = (loss_scaling, trainable_only)
-        if key not in made:
-            path = tmp_path_factory.mktemp("saved")
-            model = new_saved_model(*key)
-            fit_steps(model, 5)
-            for swapped in (False, True):
-                for form in FORMATS:
-                    directory = path / str(swapped) / form.__name__
-                    directory.mkdir(parents=True)
-                    form.save(model, str(directory))
-                averaging(model.optimizer).swap_weights()
-            fit_steps(model, 20)
-            made[key] = path, state_of(model)
-        return made[key]
-
-    return get
-
-
-def state_of(model) -> dict:
-    """With statistics, the order of the averages depends on the format."""
-    return {name: sorted(bits) for name, bits in file_formats.state_of(model).items()}
-
-
-@pytest.mark.parametrize("form", FORMATS, ids=lambda form: form.__name__)
-@pytest.mark.parametrize(
-    ("loss_scaling", "trainable_only"),
-    [(False, True), (True, True), (True, False)],
-    ids=["", "loss_scaling", "loss_scaling-with_statistics"],
-)
-@testing_utils.swapped_or_not
-def test_resumes_exactly(form, loss_scaling, trainable_only, swapped, saved):
-    path, expected = saved(loss_scaling, trainable_only)
-    model = new_saved_model(loss_scaling, trainable_only, seed=2)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
-        model = form.resume(model, str(path / str(swapped) / form.__name__))
-    optimizer = averaging(model.optimizer)
-    if not trainable_only:
-        optimizer.shadow_copy(model)
-    assert optimizer.weights_swapped == swapped
-    if swapped:
-        optimizer.swap_weights()
-    fit_steps(model, 20)
-    actual = state_of(model)
-    differing = {name for name in expected if actual[name] != expected[name]}
-    assert differing <= file_formats.lost(form, loss_scaling)
-
-
-def test_restored_early_then_stepped(tmp_path):
-    """Without a look at the optimizer in between, which would create its variables."""
-    model, resumed = new_saved_model(), new_saved_model(seed=2)
-    fit_steps(model, 5)
-    path = file_formats.checkpoint_of(model).save(tmp_path / "ckpt")
-    file_formats.checkpoint_of(resumed).restore(path)
-    for each in (model, resumed):
-        fit_steps(each, 3)
-    assert everything(resumed) == everything(model)
-
-
-def test_replicas_resume(mirrored_strategy, tmp_path):
-    model = new_saved_model(strategy=mirrored_strategy)
-    fit_steps(model, 5)
-    path = file_formats.checkpoint_of(model).save(tmp_path / "ckpt")
-    model.save(tmp_path / "model.keras")
-    resumed = new_saved_model(strategy=mirrored_strategy, seed=2)
-    with mirrored_strategy.scope():
-        file_formats.checkpoint_of(resumed).restore(path)
-        loaded = keras_3.models.load_model(tmp_path / "model.keras")
-    for each in (model, resumed, loaded):
-        fit_steps(each, 3)
-    for other in (resumed, loaded):
-        assert_same_bits(read_all(other.trainable_variables), read_all(model.trainable_variables))
-        assert_same_bits(other.optimizer.get_weights(), model.optimizer.get_weights())
 
 
 @pytest.mark.parametrize("late", [False, True], ids=["early", "late"])
@@ -622,13 +353,24 @@ def test_config_says_of_which_keras_an_optimizer_is():
 
 
 def test_where_tf_keras_takes_its_place():
-    """Names mean tf_keras then. Nothing of Keras 3 is imported before an optimizer of it is wrapped."""
+    """Names mean tf_keras then. Nothing of Keras 3 is imported before an optimizer of it is wrapped.
+
+    And what is said of another backend, before that.
+    """
     program = """
 import sys
 import tf_averaging as tfav
 assert tfav.SWA("sgd").keras_name == "tf_keras"
 assert "keras" not in sys.modules
 import keras
+backend, keras.backend.backend = keras.backend.backend, lambda: "jax"
+try:
+    tfav.SWA(keras.optimizers.SGD())
+except RuntimeError as error:
+    assert "KERAS_BACKEND=tensorflow" in str(error) and "'jax'" in str(error), error
+else:
+    raise AssertionError
+keras.backend.backend = backend
 optimizer = tfav.SWA(keras.optimizers.SGD())
 assert tfav.SWA.from_config(optimizer.get_config()).keras_name == "keras"
 again = keras.optimizers.deserialize(keras.optimizers.serialize(optimizer))
@@ -667,21 +409,6 @@ def test_what_is_of_two_kerases(one, other):
     with pytest.raises(TypeError, match=message):
         optimizer.learning_rate = SCHEDULES[other]
     assert float(optimizer.learning_rate) == np.float32(0.1)
-
-
-def test_other_backend():
-    program = """
-import keras
-import tf_averaging as tfav
-keras.backend.backend = lambda: "jax"
-try:
-    tfav.SWA("sgd")
-except RuntimeError as error:
-    assert "KERAS_BACKEND=tensorflow" in str(error) and "'jax'" in str(error), error
-else:
-    raise AssertionError
-"""
-    subprocess.run([sys.executable, "-c", program], check=True, timeout=300)
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,12 @@
 # limitations under the License.
 """Whatever can be saved carries the whole state, and whatever was saved resumes exactly."""
 
+import copy
 import itertools
+import pickle
 import warnings
 
+import keras as keras_3
 import pytest
 import tensorflow as tf
 
@@ -40,6 +43,8 @@ from tests.testing_utils import bits
 from tests.testing_utils import fit_steps
 
 STEPS_BEFORE, STEPS_AFTER = 7, 20
+# The optimizers of both generations of tf_keras, and of Keras 3.
+MODULES = {**GENERATIONS, "keras3": keras_3.optimizers}
 SCHEMES = {
     "swa": lambda inner, **options: tfav.SWA(inner, 2, 3, **options),
     "ema": lambda inner, **options: tfav.ExponentialMovingAverage(inner, start_step=1, **options),
@@ -48,12 +53,39 @@ SCHEMES = {
 
 def new_model(strategy=None, generation="current", scheme="swa", loss_scaling=False, seed=1, **options):
     return testing_utils.new_model(
-        lambda: SCHEMES[scheme](GENERATIONS[generation].Adam(0.01), **options),
+        lambda: SCHEMES[scheme](MODULES[generation].Adam(0.01), **options),
         batch_norm=True,
         loss_scaling=loss_scaling,
         strategy=strategy,
         seed=seed,
+        keras=keras_of(generation),
     )
+
+
+def keras_of(generation):
+    return keras_3 if generation == "keras3" else KERAS
+
+
+class Pickled:
+    """A copy of a model of Keras 3, which makes it by way of a `.keras` file."""
+
+    @staticmethod
+    def save(model, path):
+        with open(path + "/model.pickle", "wb") as file:
+            pickle.dump(model, file)
+
+    @staticmethod
+    def resume(model, path):
+        with open(path + "/model.pickle", "rb") as file:
+            return copy.deepcopy(pickle.load(file))
+
+
+def formats_of(strategy_name, generation):
+    if generation != "keras3":
+        return file_formats.FORMATS
+    # What replicas hold is read and written in the same way, whatever the file is called.
+    on_replicas = [file_formats.CheckpointOfOtherValues, KerasFile]
+    return on_replicas if strategy_name == "mirrored" else [*file_formats.KERAS_3_FORMATS, Pickled]
 
 
 # (strategy, generation, scheme, loss scaling): half of all, in which any three of them meet in every way.
@@ -61,7 +93,7 @@ def new_model(strategy=None, generation="current", scheme="swa", loss_scaling=Fa
 COMBINATIONS = [
     (strategy, generation, scheme, loss_scaling)
     for strategy, generation, scheme, loss_scaling in itertools.product(
-        ["default", "mirrored"], GENERATIONS, SCHEMES, [False, True]
+        ["default", "mirrored"], MODULES, SCHEMES, [False, True]
     )
     if ((strategy == "mirrored") + (generation == "legacy") + (scheme == "ema") + loss_scaling) % 2
 ]
@@ -94,7 +126,7 @@ def references(tmp_path_factory, mirrored_strategy):
             with_statistics = strategy_name == "default"
             saved = state_of(model, with_statistics)
             for name in ("not swapped", "swapped"):
-                for form in file_formats.FORMATS:
+                for form in formats_of(strategy_name, generation):
                     directory = path / name / form.__name__
                     directory.mkdir(parents=True)
                     with warnings.catch_warnings():
@@ -114,8 +146,11 @@ def assert_same_state(model, expected, loses, with_statistics):
         assert state[name] == expected[name], name
 
 
-@pytest.mark.parametrize("form", file_formats.FORMATS, ids=lambda form: form.__name__)
-@each_combination()
+@pytest.mark.parametrize(
+    ("strategy_name", "generation", "scheme", "loss_scaling", "form"),
+    [(*values, form) for values in COMBINATIONS for form in formats_of(*values[:2])],
+    ids=lambda value: getattr(value, "__name__", None),
+)
 class TestMatrix:
     def test_resumes_exactly(self, references, strategy_name, generation, scheme, loss_scaling, form):
         strategy, path, saved, ended = references(strategy_name, generation, scheme, loss_scaling)
@@ -176,16 +211,17 @@ def test_all_of_an_early_restored_checkpoint_is_consumed(
 
 
 @testing_utils.with_loss_scaling
-@pytest.mark.parametrize("generation", GENERATIONS)
+@pytest.mark.parametrize("generation", MODULES)
 def test_model_that_is_built_by_its_first_batch(tmp_path, generation, loss_scaling):
     """Neither weights nor anything of the optimizer exists when the checkpoint is restored."""
 
     def new(seed):
-        KERAS.utils.set_random_seed(seed)
-        dense, norm = KERAS.layers.Dense, KERAS.layers.BatchNormalization
-        model = KERAS.Sequential([dense(3), norm(), dense(1)])
-        optimizer = SCHEMES["swa"](GENERATIONS[generation].Adam(0.01))
-        model.compile(testing_utils.loss_scaled(optimizer) if loss_scaling else optimizer, "mse")
+        keras = keras_of(generation)
+        keras.utils.set_random_seed(seed)
+        dense, norm = keras.layers.Dense, keras.layers.BatchNormalization
+        model = keras.Sequential([dense(3), norm(), dense(1)])
+        optimizer = SCHEMES["swa"](MODULES[generation].Adam(0.01))
+        model.compile(testing_utils.loss_scaled(optimizer, keras) if loss_scaling else optimizer, "mse")
         return model
 
     model = new(1)
@@ -251,18 +287,27 @@ def test_callbacks_resume_what_was_saved_while_swapped(tmp_path, swap_first):
     assert state_of(resumed) == state_of(reference)
 
 
+def in_any_order(model):
+    """The state; that of the averages depends in Keras 3 on the format, where others are averaged too."""
+    return {name: sorted(arrays, key=str) for name, arrays in state_of(model).items()}
+
+
 class TestAveragesOfOtherVariables:
     """Statistics of BatchNormalization, say, which `load_model` does not know when it loads."""
 
-    @pytest.mark.parametrize("form", [EarlyCheckpoint, Checkpoint, KerasFile, H5File])
-    @testing_utils.with_loss_scaling
+    @pytest.mark.parametrize(
+        ("generation", "form", "loss_scaling"),
+        [
+            *itertools.product(["current"], [EarlyCheckpoint, Checkpoint, KerasFile], [False, True]),
+            ("current", H5File, False),  # Under loss scaling tf_keras cannot load the optimizer's state.
+            *itertools.product(["keras3"], [EarlyCheckpoint, KerasFile], [True]),
+        ],
+    )
     @testing_utils.swapped_or_not
-    def test_of_all_variables(self, tmp_path, form, loss_scaling, swapped):
-        if form is H5File and loss_scaling:
-            pytest.skip("tf_keras cannot load the optimizer's state")
-
+    def test_of_all_variables(self, tmp_path, generation, form, loss_scaling, swapped):
         def new(seed):
-            return new_model(loss_scaling=loss_scaling, seed=seed, trainable_weights_only=False)
+            options = {"loss_scaling": loss_scaling, "trainable_weights_only": False}
+            return new_model(None, generation, seed=seed, **options)
 
         model = new(1)
         averaging(model.optimizer).shadow_copy(model)
@@ -286,14 +331,14 @@ class TestAveragesOfOtherVariables:
                 with pytest.raises(ValueError, match="shadow_copy"):
                     fit_steps(resumed, 1)
         optimizer.shadow_copy(resumed)
-        assert state_of(resumed) == state_of(model)
+        assert in_any_order(resumed) == in_any_order(model)
         assert optimizer.weights_swapped == swapped
         if swapped:
             averaging(model.optimizer).swap_weights()
             optimizer.swap_weights()
         fit_steps(model, 5)
         fit_steps(resumed, 5)
-        assert state_of(resumed) == state_of(model)
+        assert in_any_order(resumed) == in_any_order(model)
 
     @pytest.mark.parametrize("form", [EarlyCheckpoint, KerasFile])
     @pytest.mark.parametrize("others", [False, True], ids=["trained", "others too"])
@@ -336,6 +381,10 @@ class TestAveragesOfOtherVariables:
 def test_restored_early_then_saved_in_another_format(
     references, tmp_path, strategy_name, generation, scheme, loss_scaling, form
 ):
+    if generation == "keras3" and (form is H5File or strategy_name == "mirrored"):
+        pytest.skip(
+            "Keras 3 keeps nothing of the optimizer in `.h5`; the file of replicas is another one"
+        )
     strategy, path, saved, _ = references(strategy_name, generation, scheme, loss_scaling)
     model = EarlyCheckpoint.resume(
         new_model(strategy, generation, scheme, seed=2), str(path / "not swapped" / "EarlyCheckpoint")

@@ -13,6 +13,7 @@
 # limitations under the License.
 """Swapping weights and averages: exact, in place, always undone."""
 
+import functools
 import itertools
 import os
 import pathlib
@@ -21,6 +22,7 @@ import subprocess
 import sys
 import threading
 
+import keras as keras_3
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -33,6 +35,7 @@ from tests.testing_utils import KERAS
 from tests.testing_utils import averages_of
 from tests.testing_utils import bits
 from tests.testing_utils import descend
+from tf_averaging import kerases
 
 SPECIAL = [np.nan, np.inf, -np.inf, -0.0, 0.0, 1.0, -1.5, 6e-8, 1e-40, 5e-324, 65504.0, 3e38]
 DTYPES = ["float16", "bfloat16", "float32", "float64", "complex64"]
@@ -65,15 +68,24 @@ def averaging_optimizer(average_dtype=None):
 
 @pytest.mark.parametrize("in_graph", [False, True])
 @pytest.mark.parametrize(
-    ("dtype", "average_dtype"),
-    [(dtype, None) for dtype in DTYPES]
-    + [("float16", "float16"), ("bfloat16", "bfloat16"), ("float32", "float64")],
+    ("keras", "dtype", "average_dtype"),
+    [
+        *((KERAS, dtype, None) for dtype in DTYPES),
+        (KERAS, "float16", "float16"),
+        (KERAS, "bfloat16", "bfloat16"),
+        (KERAS, "float32", "float64"),
+        (keras_3, "float32", None),
+        (keras_3, "bfloat16", None),
+    ],
+    ids=lambda value: getattr(value, "__name__", value),
 )
-def test_swapping_twice_is_the_identity_bit_for_bit(strategy, dtype, average_dtype, in_graph):
+def test_swapping_twice_is_the_identity_bit_for_bit(strategy, keras, dtype, average_dtype, in_graph):
     with strategy.scope():
-        variable = tf.Variable(special_values(dtype, 1))
-        optimizer = averaging_optimizer(average_dtype)
+        new = tf.Variable if keras is KERAS else functools.partial(keras.Variable, dtype=dtype)
+        variable = new(special_values(dtype, 1))
+        optimizer = tfav.ExponentialMovingAverage(keras.optimizers.SGD(0.1), average_dtype=average_dtype)
     optimizer.shadow_copy([variable])
+    variable = kerases.tf_variable(variable)
     testing_utils.count_as(optimizer, 1)  # From then on the averages are not the weights.
     average = optimizer.get_slot(variable, "average")
     set_bits(average, special_values(average.dtype, 2))
@@ -111,6 +123,20 @@ def test_change_made_while_swapped_goes_to_the_average_of_same_dtype():
     with optimizer.swapped_weights():
         variable.assign([5.0, 6.0])
     np.testing.assert_array_equal(variable.numpy(), [1.0, 2.0])
+
+
+def test_predict_that_was_compiled_before_sees_the_averages(keras):
+    model = testing_utils.new_model(tfav.SWA(keras.optimizers.SGD(0.1), 0, 1), keras=keras)
+    testing_utils.fit_steps(model, 3)
+    raw = model.predict(testing_utils.X, verbose=0)
+    expected = testing_utils.new_model(keras=keras)
+    averages = [model.optimizer.get_average(variable).numpy() for variable in model.trainable_variables]
+    expected.set_weights(averages)
+    expected = expected.predict(testing_utils.X, verbose=0)
+    with model.optimizer.swapped_weights():
+        np.testing.assert_array_equal(model.predict(testing_utils.X, verbose=0), expected)
+    np.testing.assert_array_equal(model.predict(testing_utils.X, verbose=0), raw)
+    assert not np.array_equal(raw, expected)
 
 
 def trained(strategy, dtype="float32"):

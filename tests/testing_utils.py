@@ -16,6 +16,7 @@
 `KERAS` is the Keras that helpers use where none is given; nothing else here names one.
 """
 
+import importlib
 import inspect
 from typing import Callable, Iterable, List, NamedTuple, Sequence, Union
 
@@ -94,6 +95,11 @@ def shipped_optimizers(module) -> dict:
         for name, cls in classes.items()
         if issubclass(cls, module.Optimizer) and cls is not module.Optimizer
     }
+
+
+def keras_of(module):
+    """The Keras that a module of optimizers is of."""
+    return importlib.import_module(module.__name__.partition(".")[0])
 
 
 def state_variables(optimizer) -> List[tf.Variable]:

@@ -13,8 +13,10 @@
 # limitations under the License.
 """Averaging never perturbs training: weights are bit-identical to the inner optimizer's alone."""
 
+import functools
 from typing import Any, Dict, NamedTuple
 
+import keras as keras_3
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -189,6 +191,98 @@ def test_other_scheme_in_eager_mode_and_function(strategy, module, scheme):
     inner = Inner(module.SGD, {"momentum": 0.9})
     check(strategy, inner, SWA)
     check(strategy, inner, EMA, values=DENSE_AND_SPARSE, as_function=True, steps=3)
+
+
+# Every optimizer of Keras 3, with every kind of scheme, in every mode of `fit`.
+
+
+KERAS_3 = keras_3.optimizers
+OF_KERAS_3 = {
+    "SGD": lambda: KERAS_3.SGD(0.1, momentum=0.9, nesterov=True, weight_decay=0.01, clipnorm=0.5),
+    "Adam": lambda: KERAS_3.Adam(0.02, amsgrad=True, global_clipnorm=1.0),
+    "AdamW": lambda: KERAS_3.AdamW(KERAS_3.schedules.ExponentialDecay(0.02, 2, 0.5)),
+    "Nadam": lambda: KERAS_3.Nadam(0.02),
+    "RMSprop": lambda: KERAS_3.RMSprop(0.02, centered=True, momentum=0.5),
+    "Adagrad": lambda: KERAS_3.Adagrad(0.1),
+    "Adadelta": lambda: KERAS_3.Adadelta(1.0),
+    "Adamax": lambda: KERAS_3.Adamax(0.02),
+    "Adafactor": lambda: KERAS_3.Adafactor(0.02),
+    "Lion": lambda: KERAS_3.Lion(0.02),
+    "Lamb": lambda: KERAS_3.Lamb(0.02),
+    "Ftrl": lambda: KERAS_3.Ftrl(0.1, loss_scale_factor=8.0),
+    "Muon": lambda: KERAS_3.Muon(0.02),
+    "MultiOptimizer": lambda: KERAS_3.MultiOptimizer(
+        KERAS_3.OptimizerMap(KERAS_3.Adam(0.02), {".*bias": KERAS_3.SGD(0.1)})
+    ),
+}
+MODES = {
+    "graph": {},
+    "eager": {"run_eagerly": True},
+    "XLA": {"jit_compile": True},
+    "steps_per_execution": {"steps_per_execution": 3},
+}
+SCHEMES = {
+    "EMA": numpy_averages.ema(0.9, dynamic=False),
+    "dynamic EMA": numpy_averages.ema(0.9),
+    "late EMA": numpy_averages.ema(0.8, start=2, dynamic=False, period=2),
+    "SWA": numpy_averages.swa(1, 2),
+}
+
+
+@functools.cache
+def side_by_side(mode) -> dict:
+    """Runs of six steps, all in one `fit`, by optimizer and scheme; None for no averaging."""
+    runs = {}
+    for name, make in OF_KERAS_3.items():
+        if hasattr(KERAS_3, name):
+            for scheme in (None, *SCHEMES):
+                optimizer = SCHEMES[scheme].wrap(make()) if scheme else make()
+                values = {"kernel": testing_utils.KERNEL, "bias": testing_utils.BIAS}
+                variables = [keras_3.Variable(value, name=kind) for kind, value in values.items()]
+                optimizer.build(variables)
+                runs[name, scheme] = testing_utils.Run(optimizer, variables, [])
+
+    class SideBySide(keras_3.Model):
+        def call(self, inputs):
+            return inputs
+
+        def train_step(self, data):
+            noise = tf.reduce_mean(data[0])
+            for run in runs.values():
+                run.optimizer.apply([tf.sin(3.0 * v + noise) for v in run.variables], run.variables)
+            return {"loss": noise}
+
+    def look(batch=None, logs=None):
+        for run in runs.values():
+            run.history.append(testing_utils.read_all(run.variables))
+
+    look()
+    model = SideBySide()
+    model.compile(**MODES[mode])
+    testing_utils.fit_steps(model, 6, [keras_3.callbacks.LambdaCallback(on_train_batch_end=look)])
+    return runs
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_optimizer_of_keras_3(mode):
+    runs = side_by_side(mode)
+    for (name, scheme), run in runs.items():
+        bare = runs[name, None]
+        if scheme is None:
+            assert len(run.history) == (3 if mode == "steps_per_execution" else 7)
+            assert not np.array_equal(run.history[0][0], run.history[-1][0])
+            continue
+        if mode == "XLA":
+            for expected, actual in zip(bare.history, run.history):
+                for one, other in zip(expected, actual):
+                    np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
+        else:
+            testing_utils.assert_same_training(bare, run)
+        if mode == "steps_per_execution":  # Whose callbacks do not see each step.
+            run = run._replace(history=side_by_side("graph")[name, None].history)
+            testing_utils.assert_same_bits(run.history[-1], bare.history[-1])
+        assert isinstance(run.optimizer, KERAS_3.Optimizer)
+        testing_utils.assert_averages(run, SCHEMES[scheme], tolerance=3e-6)
 
 
 # What surrounds the inner optimizer's arithmetic.

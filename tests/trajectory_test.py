@@ -258,6 +258,50 @@ def test_averages_begin_from_the_weights_before_the_first_update(keras, when, st
             np.testing.assert_allclose(optimizer.get_average(variable), average, rtol=1e-6)
 
 
+def test_step_that_creates_the_model_it_trains(keras):
+    """Averages made while the step is traced begin from weights that have no values yet."""
+    schemes = {
+        "bare": None,
+        "SWA": numpy_averages.swa(1, 2),
+        "SWA from the first": numpy_averages.swa(),
+        "EMA": numpy_averages.ema(0.9, dynamic=False),
+        "late EMA": numpy_averages.ema(0.8, start=2, dynamic=False, period=2),
+    }
+    models, optimizers, history = {}, {}, {name: [] for name in schemes}
+    for name, scheme in schemes.items():
+        layers = [
+            keras.layers.Dense(n, kernel_initializer=keras.initializers.HeNormal(n)) for n in (3, 1)
+        ]
+        inner = keras.optimizers.SGD(0.1, momentum=0.9)
+        models[name] = keras.Sequential(layers)
+        optimizers[name] = inner if scheme is None else scheme.wrap(inner)
+
+    @tf.function
+    def step(x, y):
+        for name, model in models.items():
+            with tf.GradientTape() as tape:
+                loss = tf.reduce_mean((model(x) - y) ** 2)
+            variables = model.trainable_variables
+            optimizers[name].apply_gradients(zip(tape.gradient(loss, variables), variables))
+
+    for start in range(0, 6 * testing_utils.BATCH, testing_utils.BATCH):
+        rows = slice(start, start + testing_utils.BATCH)
+        step(testing_utils.X[rows], testing_utils.Y[rows])
+        for name, model in models.items():
+            history[name].append(testing_utils.values(model.trainable_variables))
+    for name, scheme in schemes.items():
+        for weights, bare in zip(history[name], history["bare"]):
+            testing_utils.assert_same_bits(weights, bare, name)
+        for index, variable in enumerate(models[name].trainable_variables) if scheme else ():
+            average = average_of(optimizers[name], variable)
+            assert np.isfinite(average).all()
+            # The weights before the first step are known to nobody; an update with weight 1 forgets them.
+            if scheme.start or scheme.weight(0, 0) == 1:
+                weights = [values[index] for values in (history[name][0], *history[name])]
+                expected = numpy_averages.expected_average(scheme, weights)
+                np.testing.assert_allclose(average, expected, rtol=1e-5, atol=1e-7)
+
+
 # Steps are counted exactly, however many there are.
 
 
