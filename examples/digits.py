@@ -14,28 +14,27 @@
 r"""Handwritten digits: an optimizer alone, under SWA, and under an exponential moving average.
 
 Trains a small convolutional network with BatchNormalization on scikit-learn's digits (1,797 real images,
-nothing is downloaded), data-parallel on two replicas. With `SwapAverageWeights`, validation in `fit` sees
-the average; a small callback measures the raw weights beside it. At the end:
+nothing is downloaded), data-parallel on two replicas: SGD alone, under an exponential moving average, and
+under SWA, each with a learning rate that stays constant and with one that decays to zero by a cosine.
+Every kind has the learning rate that did best on the validation set (`RATES`; `--tune` shows the search).
+At the end:
 
-*   a table shows accuracy and loss on the test set, raw and averaged. The optimizer alone and under EMA
-    have the same raw weights, since averaging never changes the training that it follows. Under SWA they
-    are others: it comes with a learning rate of its own;
+*   a table shows accuracy and loss on the test set;
+*   paired tests over the seeds tell which differences in loss are more than chance;
 *   `validation_accuracy.png` shows the way there;
 *   `averaged.keras` is the best average, and a new process has checked that it predicts the same.
 
-The learning rate is high and stays so; under SWA it is raised once more when averaging starts. The
-weights then keep jumping around a good solution, and their average is nearer to it than they are: this is
-what averaging is for.
+Averaging never changes the training that it follows, so "SGD" is the raw weights of a training under EMA.
+Under SWA the constant learning rate is raised when averaging starts, as its paper has it.
 
-The statistics of BatchNormalization must fit the weights. SWA averages trainable weights only: until
-`update_batch_norm` has recomputed the statistics for the average, it is used with those of the raw
-weights, and may well be worse than these. The table shows it before and after. EMA averages the
-statistics with the weights.
+The statistics of BatchNormalization must fit the weights. `SwapAverageWeights(batch_norm_data=...)`
+recomputes them for SWA's averages; EMA averages the statistics with the weights.
 
-All settings were chosen on the validation set; the test set is used only at the end of each run.
+The test set is used only at the end of each run.
 
     python examples/digits.py
     python examples/digits.py --optimizer=adam --learning_rate=0.01
+    python examples/digits.py --tune
     TF_USE_LEGACY_KERAS=1 python examples/digits.py
 
 The last line runs it with tf_keras (Keras 2), the others with Keras 3.
@@ -45,13 +44,15 @@ import os
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # TensorFlow reads it when it is imported.
 
+import itertools
 import pathlib
 import subprocess
 import sys
-from typing import Dict, List, NamedTuple, Optional, Tuple
+from typing import Dict, List, NamedTuple, Tuple
 
 import matplotlib.figure
 import numpy as np
+import scipy.stats
 import sklearn.datasets
 import sklearn.model_selection
 import tensorflow as tf
@@ -65,7 +66,10 @@ FLAGS = flags.FLAGS
 flags.DEFINE_integer("epochs", 25, "Number of epochs of each run.", lower_bound=1)
 flags.DEFINE_integer("seeds", 3, "Number of runs of each kind, with seeds 0, 1, 2, ...", lower_bound=1)
 flags.DEFINE_string("optimizer", "sgd", "Name of the optimizer, alone and inside; any of tf.keras's.")
-flags.DEFINE_float("learning_rate", 1.0, "Its learning rate, constant until SWA starts.", lower_bound=0.0)
+flags.DEFINE_float(
+    "learning_rate", None, "Learning rate of all kinds; by default each has its own.", lower_bound=0.0
+)
+flags.DEFINE_bool("tune", False, "Only show what each learning rate comes to on the validation set.")
 flags.DEFINE_integer("batch_size", 32, "Images in a step, on both replicas together.", lower_bound=2)
 flags.DEFINE_float(
     "swa_start",
@@ -95,13 +99,28 @@ flags.DEFINE_bool(
     "there, else with 1. The example runs itself like this at its end.",
 )
 
-AVERAGES = ("SWA", "EMA")
-RECOMPUTED = "SWA, statistics recomputed"
+AVERAGES = ("SGD", "EMA", "SWA")
+DECAYS = {"constant": "constant rate", "cosine": "cosine decay"}
+
+# For each kind the learning rate with the least validation loss, of those that `--tune --seeds=2` tries.
+RATES = {
+    ("SGD", "constant"): 4.0,
+    ("EMA", "constant"): 2.0,
+    ("SWA", "constant"): 2.0,
+    ("SGD", "cosine"): 4.0,
+    ("EMA", "cosine"): 2.0,
+    ("SWA", "cosine"): 2.0,
+}
+TUNED_OVER = (0.1, 0.2, 0.5, 1.0, 2.0, 4.0, 8.0)
+FIRST_TUNING_SEED = 100  # Other seeds than those of the results.
+
 EVALUATION_BATCH = 300  # Divides the evaluation sets, so that both replicas have work in every step.
 
 # The new process computes the same in other portions (whole batches, not halves on two replicas), so the
 # last bits of the probabilities may differ. Raw and averaged differ by far more.
 TOLERANCE = 1e-5
+
+METRICS = ("accuracy", "loss")
 
 Images = Tuple[np.ndarray, np.ndarray]  # float32 [n, 8, 8, 1] from 0 to 1, and labels, int [n].
 Metrics = Dict[str, float]
@@ -113,19 +132,27 @@ class Data(NamedTuple):
     test: Images
 
 
+class Training(NamedTuple):
+    """What is trained: one training serves all kinds that differ in nothing else."""
+
+    average: str  # "EMA" or "SWA".
+    decay: str
+    learning_rate: float
+
+
 class Run(NamedTuple):
-    """What is kept of a training run.
+    """What is kept of a training: results of the raw weights and of their average."""
 
-    `raw` and `averaged` are results on the test set, `averaged` None where nothing was averaged;
-    `validation` is on the validation set, averaged if there is an average.
-    """
-
-    scheme: str
     model: tf.keras.Model
     history: Dict[str, List[float]]
-    validation: Metrics
-    raw: Metrics
-    averaged: Optional[Metrics]
+    validation: Dict[str, Metrics]
+    test: Dict[str, Metrics]
+
+
+def training_of(average: str, decay: str) -> Training:
+    """The training that has the results of this kind. Those of SGD are the raw weights under EMA."""
+    rate = RATES[average, decay] if FLAGS.learning_rate is None else FLAGS.learning_rate
+    return Training("SWA" if average == "SWA" else "EMA", decay, rate)
 
 
 def load_data() -> Data:
@@ -174,29 +201,30 @@ def make_model() -> tf.keras.Model:
     )
 
 
-def make_optimizer(scheme: str, steps_per_epoch: int) -> tf.keras.optimizers.Optimizer:
-    """The optimizer, wrapped if `scheme` is one of `AVERAGES`."""
-    if scheme == "SWA":
-        start = int(FLAGS.swa_start * FLAGS.epochs) * steps_per_epoch
-        schedule = tfav.schedules.ConstantLearningRate(
-            FLAGS.learning_rate,
-            swa_learning_rate=FLAGS.swa_factor * FLAGS.learning_rate,
-            start_step=start,
-            anneal_steps=steps_per_epoch,
-        )
-        return tfav.SWA(
-            _inner_optimizer(schedule),
-            start_averaging=start + steps_per_epoch - 1,
-            average_period=steps_per_epoch,
-        )
-    optimizer = _inner_optimizer(FLAGS.learning_rate)
-    if scheme == "EMA":
+def make_optimizer(training: Training, steps_per_epoch: int) -> tf.keras.optimizers.Optimizer:
+    """The optimizer under its average."""
+    rate = training.learning_rate
+    if training.decay == "cosine":
+        rate = tf.keras.optimizers.schedules.CosineDecay(rate, FLAGS.epochs * steps_per_epoch)
+    if training.average == "EMA":
         # With `trainable_weights_only=False` the statistics of BatchNormalization are averaged too:
         # those of the raw weights would not fit the averaged ones.
         return tfav.ExponentialMovingAverage(
-            optimizer, average_decay=FLAGS.average_decay, trainable_weights_only=False
+            _inner_optimizer(rate), average_decay=FLAGS.average_decay, trainable_weights_only=False
         )
-    return optimizer
+    start = int(FLAGS.swa_start * FLAGS.epochs) * steps_per_epoch
+    if training.decay == "constant":
+        rate = tfav.schedules.ConstantLearningRate(
+            rate,
+            swa_learning_rate=FLAGS.swa_factor * rate,
+            start_step=start,
+            anneal_steps=steps_per_epoch,
+        )
+    return tfav.SWA(
+        _inner_optimizer(rate),
+        start_averaging=start + steps_per_epoch - 1,
+        average_period=steps_per_epoch,
+    )
 
 
 def _inner_optimizer(learning_rate) -> tf.keras.optimizers.Optimizer:
@@ -209,22 +237,13 @@ def evaluate(model: tf.keras.Model, data: Images) -> Metrics:
     return model.evaluate(*data, batch_size=EVALUATION_BATCH, verbose=0, return_dict=True)
 
 
-def evaluate_average(model: tf.keras.Model, data: Images) -> Metrics:
-    """Loss and accuracy of the averages, which are in the model for as long as this takes."""
+def evaluate_both(model: tf.keras.Model, data: Images) -> Dict[str, Metrics]:
+    """The same for the raw weights and for the averages."""
+    results = {}
     with model.optimizer.swapped_weights():
-        return evaluate(model, data)
-
-
-class EvaluateRaw(tf.keras.callbacks.Callback):
-    """After every epoch, shows results of the raw weights beside `val_loss` and `val_accuracy`."""
-
-    def __init__(self, data: Images):
-        super().__init__()
-        self._data = data
-
-    def on_epoch_end(self, epoch, logs=None):
-        metrics = evaluate(self.model, self._data)  # `SwapAverageWeights` has brought them back.
-        logs.update({f"raw_val_{name}": value for name, value in metrics.items()})
+        results["averaged"] = evaluate(model, data)
+    results["raw"] = evaluate(model, data)
+    return results
 
 
 def training_batches(images: Images) -> tf.data.Dataset:
@@ -236,42 +255,54 @@ def training_batches(images: Images) -> tf.data.Dataset:
     return batches.batch(FLAGS.batch_size, drop_remainder=True)
 
 
-def train(scheme: str, seed: int, data: Data, strategy: tf.distribute.Strategy) -> Run:
-    """Trains a new model, measuring the raw weights and, if `scheme` has one, their average."""
+def train(training: Training, seed: int, data: Data, strategy: tf.distribute.Strategy) -> Run:
+    """Trains a new model, measuring the raw weights and their average."""
+    logging.info("%s, seed %d", training, seed)
     tf.keras.utils.set_random_seed(seed)
     batches = training_batches(data.train)
     with strategy.scope():
         model = make_model()
-        optimizer = make_optimizer(scheme, steps_per_epoch=len(batches))
+        optimizer = make_optimizer(training, steps_per_epoch=len(batches))
         model.compile(optimizer, loss="sparse_categorical_crossentropy", metrics=["accuracy"])
-    averages = scheme in AVERAGES
+    # Statistics for SWA's averages, of batches that training does not share.
+    statistics = training_batches(data.train) if training.average == "SWA" else None
+    callbacks = [
+        tfav.callbacks.SwapAverageWeights(batch_norm_data=statistics),
+        tfav.callbacks.EvaluateRawWeights(*data.validation, batch_size=EVALUATION_BATCH),
+    ]
     history = model.fit(
         batches,
         epochs=FLAGS.epochs,
         validation_data=data.validation,
         validation_batch_size=EVALUATION_BATCH,
-        callbacks=[tfav.callbacks.SwapAverageWeights(), EvaluateRaw(data.validation)] if averages else [],
+        callbacks=callbacks,
     ).history
     return Run(
-        scheme,
         model,
         history,
-        validation={"loss": history["val_loss"][-1], "accuracy": history["val_accuracy"][-1]},
-        raw=evaluate(model, data.test),
-        averaged=evaluate_average(model, data.test) if averages else None,
+        validation=evaluate_both(model, data.validation),
+        test=evaluate_both(model, data.test),
     )
 
 
-def recompute_statistics(run: Run, data: Data) -> Run:
-    """The same run after the average got BatchNormalization statistics of its own, measured again."""
-    with run.model.optimizer.swapped_weights():
-        tfav.update_batch_norm(run.model, training_batches(data.train), verbose=0)
-    return run._replace(
-        scheme=RECOMPUTED,
-        validation=evaluate_average(run.model, data.validation),
-        raw=evaluate(run.model, data.test),
-        averaged=evaluate_average(run.model, data.test),
-    )
+def results(runs: Dict[Tuple[Training, int], Run], average: str, decay: str) -> List[Metrics]:
+    """The results of one kind on the test set, for each seed."""
+    which = "raw" if average == "SGD" else "averaged"
+    return [runs[training_of(average, decay), seed].test[which] for seed in range(FLAGS.seeds)]
+
+
+def tune(data: Data, strategy: tf.distribute.Strategy) -> None:
+    """Prints for each kind and learning rate the loss on the validation set, mean over the seeds."""
+    row = "{:<10}{:<12}{:<16}{}".format
+    lines = [row("decay", "rate", "kind", "validation loss")]
+    for decay, rate, average in itertools.product(DECAYS, TUNED_OVER, ("EMA", "SWA")):
+        seeds = range(FIRST_TUNING_SEED, FIRST_TUNING_SEED + FLAGS.seeds)
+        found = [train(Training(average, decay, rate), s, data, strategy).validation for s in seeds]
+        kinds = {average: "averaged"} if average == "SWA" else {"SGD": "raw", "EMA": "averaged"}
+        for kind, which in kinds.items():
+            loss = np.mean([one[which]["loss"] for one in found])
+            lines.append(row(decay, rate, kind, f"{loss:.4f}"))
+    print("\n".join(lines))
 
 
 def mean_and_spread(values) -> Tuple[np.ndarray, np.ndarray]:
@@ -280,46 +311,47 @@ def mean_and_spread(values) -> Tuple[np.ndarray, np.ndarray]:
     return values.mean(axis=0), values.std(axis=0, ddof=1 if len(values) > 1 else 0)
 
 
-def table(runs: List[Run]) -> str:
-    """Test results, a row for each scheme: raw against averaged."""
-    row = "{:<28}{:<18}{:<20}{:<18}{}".format
-    lines = [row("optimizer", "accuracy, raw", "accuracy, averaged", "loss, raw", "loss, averaged")]
-    for scheme in dict.fromkeys(run.scheme for run in runs):
-        cells = [
-            _cell([getattr(run, kind) for run in runs if run.scheme == scheme], metric)
-            for metric in ("accuracy", "loss")
-            for kind in ("raw", "averaged")
-        ]
-        lines.append(row(scheme, *cells))
+def name_of(average: str, decay: str) -> str:
+    return f"{FLAGS.optimizer if average == 'SGD' else average}, {DECAYS[decay]}"
+
+
+def table(kinds: Dict[str, List[Metrics]]) -> str:
+    """Test results, a row for each kind."""
+    row = "{:<22}{:<20}{}".format
+    lines = [row("", "accuracy", "loss")]
+    for name, found in kinds.items():
+        cells = ["{:.4f} ± {:.4f}".format(*mean_and_spread([one[m] for one in found])) for m in METRICS]
+        lines.append(row(name, *cells))
     return "\n".join(lines)
 
 
-def _cell(results: List[Optional[Metrics]], metric: str) -> str:
-    if None in results:
-        return "-"
-    return "{:.4f} ± {:.4f}".format(*mean_and_spread([result[metric] for result in results]))
+def paired_tests(kinds: Dict[str, List[Metrics]]) -> str:
+    """For each two kinds the difference in test loss, and the p-value of a paired t-test over seeds."""
+    row = "{:<22}{:<22}{:<18}{}".format
+    lines = [row("", "", "loss difference", "p")]
+    for (first, losses), (second, others) in itertools.combinations(kinds.items(), 2):
+        pairs = [[one["loss"] for one in found] for found in (losses, others)]
+        p = scipy.stats.ttest_rel(*pairs).pvalue
+        lines.append(row(first, second, f"{np.mean(np.subtract(*pairs)):+.4f}", f"{p:.2g}"))
+    return "\n".join(lines)
 
 
-def draw(runs: List[Run], path: pathlib.Path) -> None:
-    """Draws validation accuracy over epochs, raw and averaged: mean and spread over the seeds."""
+def draw(runs: Dict[Tuple[Training, int], Run], path: pathlib.Path) -> None:
+    """Draws validation accuracy over epochs: mean and spread over the seeds."""
     figure = matplotlib.figure.Figure(figsize=(10, 4.5), layout="constrained")
-    for axes, scheme in zip(figure.subplots(1, len(AVERAGES), sharey=True), AVERAGES):
-        histories = [run.history for run in runs if run.scheme == scheme]
-        label = "averaged, raw statistics" if scheme == "SWA" else "averaged"
-        _draw_band(axes, [h["val_accuracy"] for h in histories], label, "tab:blue")
+    for axes, average in zip(figure.subplots(1, 2, sharey=True), ("EMA", "SWA")):
+        training = training_of(average, "constant")
+        histories = [runs[training, seed].history for seed in range(FLAGS.seeds)]
+        _draw_band(axes, [h["val_accuracy"] for h in histories], "averaged", "tab:blue")
         _draw_band(axes, [h["raw_val_accuracy"] for h in histories], "raw", "tab:gray")
-        if scheme == "SWA":
-            _draw_recomputed(
-                axes, [run.validation["accuracy"] for run in runs if run.scheme == RECOMPUTED]
-            )
-        axes.set(title=f"{FLAGS.optimizer} under {scheme}", xlabel="epoch", ylabel="validation accuracy")
+        axes.set(title=name_of(average, "constant"), xlabel="epoch", ylabel="validation accuracy")
         axes.label_outer()
         axes.grid(alpha=0.3)
         axes.legend(loc="lower right")
     # The steep first quarter, or an epoch that went wrong, would leave no room for the differences.
     settled = [
         curve[FLAGS.epochs // 4 :]
-        for run in runs
+        for run in runs.values()
         for name, curve in run.history.items()
         if name.endswith("val_accuracy")
     ]
@@ -332,14 +364,6 @@ def _draw_band(axes, curves: List[List[float]], label: str, color: str) -> None:
     epochs = np.arange(1, len(mean) + 1)
     axes.plot(epochs, mean, color=color, label=label)
     axes.fill_between(epochs, mean - spread, mean + spread, color=color, alpha=0.2, linewidth=0)
-
-
-def _draw_recomputed(axes, results: List[float]) -> None:
-    """Marks the averages' last results once more, with statistics of their own."""
-    mean, spread = mean_and_spread(results)
-    axes.errorbar(
-        FLAGS.epochs, mean, spread, fmt="o", color="tab:orange", label="averaged, statistics recomputed"
-    )
 
 
 def model_path() -> pathlib.Path:
@@ -392,18 +416,19 @@ def main(_) -> int:
         return check_saved(data.test[0])
     pathlib.Path(FLAGS.output_dir).mkdir(parents=True, exist_ok=True)
     strategy = two_replicas()
-    runs = []
-    for scheme in (f"{FLAGS.optimizer} alone", *AVERAGES):
-        for seed in range(FLAGS.seeds):
-            logging.info("%s, seed %d", scheme, seed)
-            runs.append(train(scheme, seed, data, strategy))
-            if scheme == "SWA":
-                runs.append(recompute_statistics(runs[-1], data))
-    print(f"\nTest set, mean ± standard deviation (seeds: {FLAGS.seeds}):\n\n{table(runs)}\n")
+    if FLAGS.tune:
+        tune(data, strategy)
+        return 0
+    kinds = [(average, decay) for decay in DECAYS for average in AVERAGES]
+    trainings = dict.fromkeys(training_of(*kind) for kind in kinds)
+    seeds = range(FLAGS.seeds)
+    runs = {(t, seed): train(t, seed, data, strategy) for t in trainings for seed in seeds}
+    found = {name_of(*kind): results(runs, *kind) for kind in kinds}
+    print(f"\nTest set, mean ± standard deviation (seeds: {FLAGS.seeds}):\n\n{table(found)}\n")
+    if FLAGS.seeds > 1:
+        print(f"Paired t-tests over the seeds:\n\n{paired_tests(found)}\n")
     draw(runs, pathlib.Path(FLAGS.output_dir, "validation_accuracy.png"))
-    # The models of SWA hold the recomputed statistics by now.
-    ready = [run for run in runs if run.scheme in (RECOMPUTED, "EMA")]
-    best = min(ready, key=lambda run: run.validation["loss"])
+    best = min(runs.values(), key=lambda run: run.validation["averaged"]["loss"])
     save_average(best.model, data.test[0])
     return check_saved_in_new_process()
 

@@ -23,6 +23,12 @@ LINK = re.compile(r"\]\(([^)#\s]*)(?:#([^)\s]*))?\)")
 PAGES = [*markdown_code.ROOT.glob("*.md"), *sorted((markdown_code.ROOT / "docs").rglob("*.md"))]
 TIME_LIMIT = 300  # Seconds.
 
+# Where the project's own files are on the web: the repository that pyproject.toml names.
+REPOSITORY = re.search(
+    r'^Repository = "(.*)"$', (markdown_code.ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.M
+)
+OURS = re.compile(rf"^{re.escape(REPOSITORY[1])}/(blob|raw)/main/")
+
 each_guide = pytest.mark.parametrize("path", markdown_code.GUIDES, ids=lambda path: path.name)
 
 
@@ -68,6 +74,9 @@ def test_code_is_marked_as_what_it_is(path):
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(markdown_code.ROOT)))
 def test_links_lead_somewhere(path):
     for target, anchor in LINK.findall(path.read_text(encoding="utf-8")):
+        if path.name == "README.md":  # It is shown elsewhere too.
+            assert target.startswith("https://"), f"Expected an absolute link in README.md: {target}"
+        target = OURS.sub("", target)
         if "://" in target:
             continue
         linked = (path.parent / target).resolve() if target else path

@@ -50,28 +50,41 @@ def library(request):
 def example(library, tmp_path_factory):
     """The finished process and the directory of what it wrote."""
     output_dir = tmp_path_factory.mktemp("output")
-    flags = ("--epochs=2", "--seeds=1", "--batch_size=64", f"--output_dir={output_dir}")
+    flags = (
+        "--epochs=2",
+        "--seeds=1",
+        "--batch_size=64",
+        "--learning_rate=1",
+        f"--output_dir={output_dir}",
+    )
     process = run(*flags, keras=library)
     assert process.returncode == 0, process.stderr
     return process, output_dir
 
 
-def test_prints_raw_against_averaged(example):
+KINDS = [
+    f"{kind}, {decay}" for decay in ("constant rate", "cosine decay") for kind in ("sgd", "EMA", "SWA")
+]
+
+
+def test_prints_a_row_for_each_kind(example):
     process, _ = example
-    (alone,) = re.findall(rf"^sgd alone +({RESULT}) +- +({RESULT}) +-$", process.stdout, re.M)
-    rows = re.findall(
-        rf"^(SWA|SWA, statistics recomputed|EMA) +({RESULT}) +({RESULT}) +({RESULT}) +({RESULT})$",
-        process.stdout,
-        re.M,
-    )
-    assert [row[0] for row in rows] == ["SWA", "SWA, statistics recomputed", "EMA"]
-    raw = {name: (accuracy, loss) for name, accuracy, _, loss, _ in rows}
-    averaged = {name: (accuracy, loss) for name, _, accuracy, _, loss in rows}
-    assert raw["EMA"] == alone  # Averaging does not change the training.
-    assert raw["SWA"] != alone  # Its learning rate does.
-    # Statistics of the averages' own, which leave the raw weights theirs.
-    assert raw["SWA, statistics recomputed"] == raw["SWA"]
-    assert averaged["SWA, statistics recomputed"] != averaged["SWA"]
+    rows = re.findall(rf"^(\S+, \w+ \w+) +({RESULT}) +({RESULT})$", process.stdout, re.M)
+    assert [name for name, _, _ in rows] == KINDS
+    assert len({loss for _, _, loss in rows}) == len(KINDS)
+    assert "Paired" not in process.stdout  # One seed has no spread.
+
+
+def test_pairs_are_compared_over_the_seeds():
+    sys.path.insert(0, str(SCRIPT.parent))
+    import digits
+
+    kinds = {"a": [1.0, 2.0, 4.0], "b": [0.5, 2.0, 3.0]}
+    text = digits.paired_tests({k: [{"loss": loss} for loss in v] for k, v in kinds.items()})
+    difference, p = re.search(r"^a +b +(\S+) +(\S+)$", text, re.M).groups()
+    # Differences 0.5, 0 and 1: t = 0.5 / (0.5 / sqrt(3)) = sqrt(3), and with two degrees of freedom
+    # p = 1 - t / sqrt(2 + t ** 2).
+    assert (difference, p) == ("+0.5000", "0.23")
 
 
 def test_shows_the_progress_bar_with_both_accuracies(example):
@@ -108,6 +121,15 @@ def test_a_model_that_predicts_something_else_fails_the_check(library, example, 
 def test_help_shows_every_flag():
     process = run("--help")
     assert process.returncode in (0, 1)  # absl exits with 1 after help in some of its versions.
-    flags = ("epochs", "seeds", "output_dir", "optimizer", "learning_rate", "swa_factor", "batch_size")
+    flags = (
+        "epochs",
+        "seeds",
+        "output_dir",
+        "optimizer",
+        "learning_rate",
+        "tune",
+        "swa_factor",
+        "batch_size",
+    )
     for flag in flags:
         assert f"--{flag}:" in process.stdout
