@@ -16,6 +16,7 @@
 import warnings
 
 import hypothesis
+import keras as keras_3
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -23,6 +24,7 @@ from hypothesis import strategies as st
 
 import tf_averaging as tfav
 from tests import numpy_averages
+from tests import testing_utils
 from tests.testing_utils import LEGACY
 from tests.testing_utils import average_of
 from tests.testing_utils import descend
@@ -32,6 +34,10 @@ def modes():
     """Decorator: the step is called eagerly, in a graph, and compiled."""
     options = {"eager": None, "graph": {}, "compiled": {"jit_compile": True}}
     return pytest.mark.parametrize("options", options.values(), ids=options)
+
+
+# Variables join late with legacy optimizers; the others train only what they were built with.
+each_keras = pytest.mark.parametrize("module", [LEGACY, keras_3.optimizers], ids=["legacy", "keras"])
 
 
 def as_step(options, optimizer, variables, gradients):
@@ -87,10 +93,11 @@ def test_step_that_was_traced_before_counts_for_what_it_knows(options):
     np.testing.assert_allclose(average_of(optimizer, first), np.mean(-np.arange(1.0, 12.0)), rtol=1e-6)
 
 
+@each_keras
 @modes()
-def test_reset_of_one_variable(options):
+def test_reset_of_one_variable(options, module):
     first, second = tf.Variable(0.0), tf.Variable(0.0)
-    optimizer = tfav.SWA(LEGACY.SGD(1.0), 0, 1)
+    optimizer = tfav.SWA(module.SGD(1.0), 0, 1)
     step = as_step(options, optimizer, [first, second], [1.0, 2.0])
     for _ in range(3):
         step()
@@ -106,10 +113,11 @@ def test_reset_of_one_variable(options):
     assert average_of(optimizer, first) == -5.0
 
 
+@each_keras
 @modes()
-def test_reset_forgets_what_is_no_number(options):
+def test_reset_forgets_what_is_no_number(options, module):
     variable = tf.Variable(1.0)
-    optimizer = tfav.ExponentialMovingAverage(LEGACY.SGD(1.0), average_decay=0.5, dynamic_decay=False)
+    optimizer = tfav.ExponentialMovingAverage(module.SGD(1.0), average_decay=0.5, dynamic_decay=False)
     step = as_step(options, optimizer, [variable], [0.0])
     step()
     variable.assign(np.nan)
@@ -129,11 +137,12 @@ def test_reset_of_a_variable_without_an_average():
         optimizer.reset_averages([tf.Variable(1.0)])
 
 
+@each_keras
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("as_function", [False, True])
-def test_weight_of_one_forgets_whatever_the_average_was(value, as_function):
+def test_weight_of_one_forgets_whatever_the_average_was(value, as_function, module):
     variable = tf.Variable(value)
-    optimizer = tfav.SWA(LEGACY.SGD(1.0), 0, 1)
+    optimizer = tfav.SWA(module.SGD(1.0), 0, 1)
     descend(optimizer, [variable])
     variable.assign(3.0)
     update = (lambda: optimizer.update_average(weight=1.0)) if not as_function else None
@@ -143,13 +152,14 @@ def test_weight_of_one_forgets_whatever_the_average_was(value, as_function):
     assert average_of(optimizer, variable) == 3.0
 
 
+@each_keras
 @modes()
 @pytest.mark.parametrize("cls", [tfav.ExponentialMovingAverage, tfav.SWA])
-def test_updates_by_hand_alone_warm_up_as_in_training(options, cls):
+def test_updates_by_hand_alone_warm_up_as_in_training(options, cls, module):
     decay = {"average_decay": 0.999} if cls is tfav.ExponentialMovingAverage else {}
     scheme = numpy_averages.ema(0.999) if decay else numpy_averages.swa()
     variable = tf.Variable(1.0)
-    optimizer = cls(LEGACY.SGD(1.0), average_period=None, **decay)
+    optimizer = cls(module.SGD(1.0), average_period=None, **decay)
     optimizer.shadow_copy([variable])
     step = as_step(options, optimizer, [variable], [-1.0])
     update = optimizer.update_average if options is None else tf.function(optimizer.update_average)
@@ -172,6 +182,27 @@ def test_numbers_by_hand_are_those_of_training():
         variable.assign(value)
         optimizer.update_average()
     np.testing.assert_allclose(average_of(optimizer, variable), 900.0, atol=0.05)
+
+
+def test_updates_by_hand_at_the_end_of_each_epoch(keras):
+    """The recipe: with the callback, and nobody is told that nothing is averaged."""
+    optimizer = tfav.SWA(keras.optimizers.SGD(0.1), average_period=None)
+    model = testing_utils.new_model(optimizer, keras=keras)
+    ends = []
+
+    def update(epoch, logs):
+        optimizer.update_average()
+        ends.append(testing_utils.values(model.trainable_variables))
+
+    callbacks = [keras.callbacks.LambdaCallback(on_epoch_end=update), tfav.callbacks.SwapAverageWeights()]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        model.fit(testing_utils.X, testing_utils.Y, epochs=3, verbose=0, callbacks=callbacks)
+        with optimizer.swapped_weights():
+            averages = testing_utils.values(model.trainable_variables)
+    assert optimizer.num_averaged == 3
+    for actual, weights in zip(averages, zip(*ends)):
+        np.testing.assert_allclose(actual, np.mean(weights, 0, np.float64), rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize(

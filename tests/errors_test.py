@@ -96,6 +96,8 @@ def every_count():
     for wrap, name, minimum in COUNTS:
         small = f"Expected `{name}` >= {minimum}. Received: {name}={{}}"
         yield from each(wrap, name, ValueError, small, [minimum - 1, -7, np.int64(minimum - 1)])
+        large = f"Expected `{name}` <= 9223372036854775807, an int64. Received: {name}={{}}"
+        yield from each(wrap, name, ValueError, large, [2**63, 10**30])
         other = f"Expected `{name}` to be an int. Received: {name}="
         # A period may be None: for updates by hand alone.
         none = [] if name == "average_period" else [None]

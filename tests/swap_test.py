@@ -359,9 +359,9 @@ class TestTwoOptimizersOverOneVariable:
         assert bits(variables) == before
 
     @pytest.mark.parametrize("as_function", [False, True])
-    def test_no_step_takes_averages_for_weights(self, as_function):
+    def test_no_step_takes_averages_for_weights(self, keras, as_function):
         variable = tf.Variable([1.0, 2.0])
-        first, second = tfav.SWA(CURRENT.SGD(0.5), 0, 1), tfav.SWA(CURRENT.SGD(0.5), 0, 1)
+        first, second = (tfav.SWA(keras.optimizers.SGD(0.5), 0, 1) for _ in range(2))
         descend(first, [variable], steps=2)
         first.swap_weights()
         before = bits([variable])
@@ -392,8 +392,8 @@ class TestTwoOptimizersOverOneVariable:
             assert bits(variables) != before
         assert bits(variables) == before
 
-    def test_nested(self):
-        inner = tfav.ExponentialMovingAverage(CURRENT.SGD(1.0))
+    def test_nested(self, keras):
+        inner = tfav.ExponentialMovingAverage(keras.optimizers.SGD(1.0))
         outer = tfav.SWA(inner, 0, 1)
         variable = tf.Variable(3.0)
         testing_utils.descend(outer, [variable])

@@ -14,6 +14,7 @@
 """Averaging never perturbs training: weights are bit-identical to the inner optimizer's alone."""
 
 import functools
+import threading
 from typing import Any, Dict, NamedTuple
 
 import keras as keras_3
@@ -21,6 +22,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+import tf_averaging as tfav
 from tests import numpy_averages
 from tests import testing_utils
 from tests.numpy_averages import EMA
@@ -570,3 +572,45 @@ def test_nested_wrappers_in_fit():
     testing_utils.assert_same_training(bare, nested)
     testing_utils.assert_averages(run, EMA)
     testing_utils.assert_averages(nested, SWA)
+
+
+# Reading.
+
+
+def test_reading_on_another_thread(keras):
+    """Averages are read while a step runs, one by one and as a model; nothing is swapped for it."""
+    steps, read, stopped, errors = 20, threading.Semaphore(0), threading.Event(), []
+    make = lambda: keras.optimizers.SGD(0.1, momentum=0.9)  # noqa: E731
+    build = functools.partial(testing_utils.new_model, keras=keras)
+    data = testing_utils.X[: steps * testing_utils.BATCH], testing_utils.Y[: steps * testing_utils.BATCH]
+
+    def read_on(model):
+        try:
+            while not stopped.is_set():
+                averages = [model.optimizer.get_average(v).numpy() for v in model.trainable_variables]
+                assert all(np.isfinite(average).all() for average in averages)
+                assert len(tfav.averaged_model(model).get_weights()) == len(averages)
+                read.release()
+        except BaseException as error:
+            errors.append(error)
+            read.release(steps)
+
+    class Read(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            if batch == 0:  # From now on there are averages.
+                self.thread = threading.Thread(target=read_on, args=[self.model])
+                self.thread.start()
+            read.acquire()
+
+        def on_train_end(self, logs=None):
+            stopped.set()
+            self.thread.join()
+
+    strategy = tf.distribute.get_strategy()
+    bare = testing_utils.fit(strategy, make, build, data, keras=keras)
+    run = testing_utils.fit(
+        strategy, lambda: SWA.wrap(make()), build, data, callbacks=[Read()], keras=keras
+    )
+    assert errors == []
+    testing_utils.assert_same_training(bare, run)
+    testing_utils.assert_averages(run, SWA)

@@ -262,6 +262,40 @@ def test_checkpoint_of_the_other_keras(tmp_path, file, here, averages_in_file, l
     assert optimizer.iterations.numpy() == 4
 
 
+class Halving(KERAS.optimizers.schedules.LearningRateSchedule):
+    """Known to this module only: tf_keras cannot make one from its config by name."""
+
+    def __call__(self, step):
+        return 0.1 * 0.5 ** tf.cast(step, tf.float32)
+
+    def get_config(self):
+        return {}
+
+
+@early_or_late
+@pytest.mark.parametrize("averages_in_file", [True, False], ids=["ours", "plain"])
+@both_generations
+def test_schedule_that_is_not_registered(tmp_path, module, averages_in_file, late):
+    """Restoring asks the inner optimizer for its slots, and the schedule has none."""
+    inner = module.Adam(Halving())
+    model = new_model(tfav.SWA(inner, 0, 1) if averages_in_file else inner)
+    fit_steps(model, 3)
+    path = save(model, tmp_path)
+    other = new_model(tfav.SWA(module.Adam(Halving()), 0, 1))
+    if late:
+        fit_steps(other, 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", ".*without averages")
+        checkpoint_of(other).restore(path)
+    assert other.optimizer.iterations == 3
+    fit_steps(model, 2)
+    fit_steps(other, 2)
+    assert_same_bits(values(other.variables), values(model.variables))
+    if averages_in_file:
+        assert_same_bits(averages_of(other), averages_of(model))
+
+
 @pytest.mark.parametrize("averages_in_file", [True, False], ids=["ours", "plain"])
 @pytest.mark.parametrize(
     ("file", "message"),

@@ -162,7 +162,8 @@ def averaging_optimizer(model_or_optimizer: Any) -> Any:
         raise ValueError(
             "The model's optimizer keeps no averages. Expected one that does around the optimizer that "
             "trains: `model.compile(tf_averaging.ExponentialMovingAverage(optimizer), ...)` or "
-            f"`tf_averaging.SWA(optimizer)`. Received a model compiled with: {optimizer!r}"
+            "`tf_averaging.SWA(optimizer)`. Those inside a `MultiOptimizer` are not looked for: put one "
+            f"around it. Received a model compiled with: {optimizer!r}"
         )
     return found
 

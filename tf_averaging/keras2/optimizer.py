@@ -29,6 +29,7 @@ from tf_averaging.core.variables import as_written
 from tf_averaging.keras2 import inner_optimizer as inner_optimizers
 from tf_averaging.keras2.variable_list import VariableList
 from tf_averaging.saving import arrays
+from tf_averaging.saving import positions
 
 
 class Keras2Face(tf_keras.optimizers.Optimizer):
@@ -393,6 +394,8 @@ class Keras2Face(tf_keras.optimizers.Optimizer):
 
     def _restore_target(self, position: Any, is_of_predecessor: bool):
         """What the node of an inner optimizer in a checkpoint is to be restored into."""
+        if not (self._is_legacy or is_of_predecessor) and positions.is_of_current_generation(position):
+            return self._inner_optimizer
         return inner_optimizers.restore_target(self._inner_optimizer, position, is_of_predecessor)
 
     def _inner_waits(self) -> bool:

@@ -24,6 +24,7 @@ import tensorflow as tf
 from tf_averaging import faces
 from tf_averaging import kerases
 from tf_averaging.core import variables as core_variables
+from tf_averaging.core.status import check_others
 from tf_averaging.core.variables import VariableMap
 from tf_averaging.core.variables import as_written
 from tf_averaging.saving import arrays
@@ -242,6 +243,8 @@ class Keras3Face(keras.optimizers.Optimizer):
         selection.train(self._may_be_averaged(variables))
         if selection.trainable_only or selection.model is not None:
             self._averages.create(selection)
+            with tf.init_scope():  # Eager steps look only where they create averages.
+                check_others(self._averages)
         self.built = True
 
     def get_slot(self, var: Any, slot_name: str) -> tf.Variable:

@@ -172,6 +172,11 @@ def is_of_keras_3(position: Position) -> bool:
     return "_trainable_variables" in child_names(position)
 
 
+def is_of_current_generation(position: Position) -> bool:
+    """Whether an optimizer of tf_keras's current generation wrote the node."""
+    return "_iterations" in child_names(position) and not is_of_keras_3(position)
+
+
 def slot_names(position: Position) -> Set[str]:
     """The names of the slots of the node at this position."""
     return {slot.slot_name for slot in position.object_proto.slot_variables}
