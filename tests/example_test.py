@@ -127,7 +127,6 @@ def test_help_shows_every_flag():
         "output_dir",
         "optimizer",
         "learning_rate",
-        "tune",
         "swa_factor",
         "batch_size",
     )
