@@ -634,11 +634,12 @@ def worker_dies(strategy, arguments):
     """In the midst of an update, while no other worker may begin one: the others go on nevertheless.
 
     Args:
-      arguments: the process of the worker that goes on, that of the one that dies, and the file that
-        gets what the parameter server prints.
+      arguments: the process of the worker that goes on, that of the one that dies, and how the names of
+        the files begin that get what the parameter servers print.
     """
-    survivor, victim, log = arguments.split(",")
-    gate = pathlib.Path(f"{log}-open")  # Updates that have begun end only while this file exists.
+    survivor, victim, logs = arguments.split(",")
+    logs = pathlib.Path(logs)
+    gate = logs.with_name(f"{logs.name}-open")  # Updates that have begun end only while this file exists.
 
     class Gated(Counting):
         def average_op(self, var, average_var):
@@ -656,7 +657,9 @@ def worker_dies(strategy, arguments):
             return average_var + tf.cast(tf.size(found), average_var.dtype)
 
     def begun():
-        return pathlib.Path(log).read_text(errors="replace").count("[updating]")
+        """On the server of the first shard, which may be any; the others' shards wait for it."""
+        texts = [log.read_text(errors="replace") for log in logs.parent.glob(f"{logs.name}*.log")]
+        return max(text.count("[updating]") for text in texts)
 
     def dies():
         processes.wait_until(lambda: begun() == 3, SECONDS, lambda: "No update begins.")

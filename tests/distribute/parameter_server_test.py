@@ -47,7 +47,7 @@ def coordinators(tmp_path_factory):
                 f"save={directory}/{servers}-swapped",
                 f"restore={directory}/{other}",
                 f"restore={directory}/{other}-swapped",
-                f"worker_dies={pids[0]},{pids[1]},{directory}/{servers}-ps0.log",
+                f"worker_dies={pids[0]},{pids[1]},{directory}/{servers}-ps",
                 variables=cluster["chief0"],
             )
         yield children, coordinators
