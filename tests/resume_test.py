@@ -234,21 +234,25 @@ def test_model_that_is_built_by_its_first_batch(tmp_path, generation, loss_scali
     assert state_of(resumed) == state_of(model)
 
 
-@pytest.mark.parametrize("generation", GENERATIONS)
+@pytest.mark.parametrize("generation", MODULES)
 def test_training_goes_on_during_an_asynchronous_save(tmp_path, generation):
     model = new_model(None, generation, "ema")
     fit_steps(model, STEPS_BEFORE)
-    checkpoint = checkpoint_of(model)
     options = tf.train.CheckpointOptions(enable_async=True)
-    saved = []
-    for _ in range(3):
+    saved, checkpoints = [], [checkpoint_of(model)]
+    for number in range(3):
         saved.append(state_of(model))
-        checkpoint.save(str(tmp_path / "ckpt"), options=options)
+        if generation == "keras3" and number:  # Plain Keras 3 cannot save twice with one of them.
+            checkpoints.append(checkpoint_of(model))
+        checkpoints[-1].write(str(tmp_path / str(number)), options=options)
         fit_steps(model, 2)
-    checkpoint.sync()
-    for number, state in enumerate(saved, start=1):
+    for checkpoint in checkpoints:
+        checkpoint.sync()
+    for number, state in enumerate(saved):
         resumed = new_model(None, generation, "ema", seed=2)
-        checkpoint_of(resumed).restore(str(tmp_path / f"ckpt-{number}"))
+        if generation == "keras3":
+            resumed.optimizer.build(resumed.trainable_variables)
+        checkpoint_of(resumed).read(str(tmp_path / str(number)))
         assert state_of(resumed) == state
 
 

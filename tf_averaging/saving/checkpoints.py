@@ -211,12 +211,14 @@ class AveragesNode(tf.__internal__.tracking.Trackable):
 
     def _status_variables(self) -> Dict[str, tf.Variable]:
         status = self._averages.status
-        if status is None:
-            return {}
-        return {
-            "swapped": status.swapped,
-            "first_step": status.first_step,
-        }
+        return {} if status is None else {"swapped": status.swapped, "first_step": status.first_step}
+
+    def _copy_trackable_to_cpu(self, object_map):
+        # Asynchronous checkpoints look for slots of TensorFlow's variables alone, not of Keras 3's.
+        for variable in self._averages.slots:
+            for slot in (self.get_slot(variable, name) for name in self.SLOT_NAMES):
+                if slot is not None:
+                    slot._copy_trackable_to_cpu(object_map)
 
     def get_slot_names(self) -> List[str]:
         return list(self.SLOT_NAMES)
