@@ -103,21 +103,19 @@ class AveragedOptimizerWrapper:
         if not isinstance(name, str):
             raise TypeError(f"Expected `name` to be a string. Received: name={name!r}")
         averages = Averages(average_dtype, jit_compile, name)
-        unclaimed = Unclaimed(averages)
+        period = None if average_period is None else checked_count("average_period", average_period, 1)
         updates = Updates(
             averages,
-            unclaimed,
+            Unclaimed(averages),
             core_variables.VariableSelection(trainable_weights_only, self._may_be_averaged),
             checked_count("start_averaging", start_averaging, minimum=0),
-            None
-            if average_period is None
-            else checked_count("average_period", average_period, minimum=1),
+            period,
             self.averaging_weight,
             self.average_op if faces.overrides(type(self), "average_op") else None,
         )
         inner = faces.inner_optimizer(type(self), optimizer, settings)
         super().__init__(inner, name)  # type: ignore[call-arg]
-        self._averages, self._updates, self._unclaimed = averages, updates, unclaimed
+        self._averages, self._updates, self._unclaimed = averages, updates, updates.unclaimed
         self._is_ready = True
 
     # What a subclass defines.
@@ -250,6 +248,11 @@ class AveragedOptimizerWrapper:
     def num_averaged(self) -> tf.Tensor:
         """How many updates the averages hold, at most: scalar int64 tensor."""
         return self._averages.num_averaged()
+
+    @property
+    def sparse_variables(self) -> List[tf.Variable]:
+        """Large tables of which a step updates the averages of those rows alone that it moves."""
+        return [variable for variable, _ in self._averages.waiting()]
 
     @as_written
     def assign_average_vars(self, var_list: Sequence[tf.Variable]) -> None:
@@ -387,15 +390,12 @@ class AveragedOptimizerWrapper:
 
     def get_config(self) -> Dict[str, Any]:
         """The constructor's arguments, ready for JSON."""
+        settings = ("name", "average_period", "trainable_weights_only", "average_dtype", "jit_compile")
         return {
             **super().get_config(),  # type: ignore[misc]
             "optimizer": self._serialize_inner(),
-            "name": self.name,
             "start_averaging": self._updates.start,
-            "average_period": self.average_period,
-            "trainable_weights_only": self.trainable_weights_only,
-            "average_dtype": self.average_dtype,
-            "jit_compile": self.jit_compile,
+            **{name: getattr(self, name) for name in settings},
         }
 
     @classmethod

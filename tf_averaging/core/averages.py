@@ -16,8 +16,7 @@
 from __future__ import annotations
 
 import dataclasses
-import zlib
-from typing import Any, Callable, Iterable, List, Optional, Sequence, Tuple, TypeVar, Union
+from typing import Any, Callable, Container, Iterable, List, Optional, Sequence, Tuple, TypeVar, Union
 
 import tensorflow as tf
 
@@ -25,13 +24,18 @@ from tf_averaging.core import exchange
 from tf_averaging.core import fold
 from tf_averaging.core import variables as core_variables
 from tf_averaging.core.fold import Pair
+from tf_averaging.core.fold import for_each_pair
+from tf_averaging.core.rows import Rows
+from tf_averaging.core.rows import can_wait
 from tf_averaging.core.status import ALL
 from tf_averaging.core.status import NOT_SET
 from tf_averaging.core.status import Clock
 from tf_averaging.core.status import Status
 from tf_averaging.core.status import check_others
 from tf_averaging.core.status import check_program_order
+from tf_averaging.core.status import checked_average_dtype
 from tf_averaging.core.status import checked_jit_compile
+from tf_averaging.core.status import others
 from tf_averaging.core.swapped_contexts import SwappedContext
 from tf_averaging.core.swapped_contexts import SwappedContexts
 from tf_averaging.core.variables import VariableMap
@@ -69,7 +73,7 @@ class Averages:
     """The averages of a set of variables.
 
     While an average holds no updates it *is* the current weights: its slot is brought up to date before
-    anybody looks (`refresh`).
+    anybody looks (`refresh`). So are the rows of large tables, which wait until they move.
 
     All variables here live where the model's do: in the same strategy, with one component for each
     replica, on the same devices. Methods work on the components that their context may touch.
@@ -83,6 +87,7 @@ class Averages:
       status: clocks, count and flag; None until there are slots.
       when_added: called with the variables that got averages, whoever asked for them.
       on_devices: does work on all averages of a device.
+      rows: for each average its rows, which wait; None for one that is always updated as a whole.
       contexts: the open contexts in which the model holds the averages.
       exchanged_at: how many updates there were when values to exchange were last added.
       left: a checksum of the averages that `leave` left in the model; None if nothing is known of them.
@@ -95,12 +100,13 @@ class Averages:
     status: Any = None  # A `Status`.
     when_added: List[Callable[[List[tf.Variable]], None]] = dataclasses.field(default_factory=list)
     on_devices: fold.DeviceFunctions = dataclasses.field(default_factory=fold.DeviceFunctions)
+    rows: VariableMap[Optional[Rows]] = dataclasses.field(default_factory=VariableMap)
     exchanged_at: int = 0
     left: Optional[int] = None
     _first_step: int = NOT_SET
 
     def __post_init__(self):
-        self.average_dtype = _checked_average_dtype(self.average_dtype)
+        self.average_dtype = checked_average_dtype(self.average_dtype)
         self.jit_compile = checked_jit_compile(self.jit_compile)
         ALL.add(self)
         self.contexts = SwappedContexts(lambda: bool(self.is_swapped()), lambda: self.once(self.swap))
@@ -175,6 +181,7 @@ class Averages:
         if self.status is not None:
             self.status.keep_only(kept)
         self.slots = VariableMap((v, s) for v, s in self.slots.items() if v in kept)
+        self.rows = VariableMap((v, r) for v, r in self.rows.items() if v in kept)
 
     def order(self, variables: Iterable[tf.Variable]) -> None:
         """Gives clocks that have no place yet one, in the order of these variables, which come first.
@@ -208,7 +215,9 @@ class Averages:
             return core_variables.ShardedVariable([self.slot(shard) for shard in variable.variables])
         if tf.executing_eagerly() and not core_variables.in_replica_context():
             self.refresh()
-        return self.slots[variable].average
+        average = self.slots[variable].average
+        self.hold([variable])
+        return average
 
     def num_averaged(self) -> tf.Tensor:
         """How many updates the average holds that has most: scalar int64 tensor."""
@@ -229,11 +238,11 @@ class Averages:
         return all(core_variables.has_value(variable) for variable in self.slots)
 
     def refresh(self) -> List[tf.Tensor]:
-        """Sets the averages that hold no updates to the current weights, unless swapped.
+        """Brings the averages up to date; returns what must run before they are used."""
+        return [*self.follow_weights(), *self.catch_up()]
 
-        Returns:
-          What must run before the averages are used.
-        """
+    def follow_weights(self) -> List[tf.Tensor]:
+        """The same for averages that hold no updates: they are the current weights, unless swapped."""
         if not self.averaged():
             return []
         empty = tf.logical_and(tf.equal(self.status.updates(), 0), tf.logical_not(self.is_swapped()))
@@ -253,11 +262,13 @@ class Averages:
         works = [fold.nothing, fold.copy_chosen]
         return self.on_devices(pairs, works, tf.cast(tf.reduce_any(chosen), tf.int32), weights)
 
-    def pairs(self) -> Tuple[List[Pair], List[int]]:
+    def pairs(self, without: Container = ()) -> Tuple[List[Pair], List[int]]:
         """Averages and variables as components, and for each pair the place of its clock."""
+        self._settle()
         found = [
             (pair, place)
             for place, slots in enumerate(self.averaged())
+            if slots.variable not in without
             for pair in zip(components(slots.average), components(slots.variable))
         ]
         return [pair for pair, _ in found], [place for _, place in found]
@@ -267,11 +278,13 @@ class Averages:
         if isinstance(variable, core_variables.ShardedVariable):
             return tf.concat([self.read(shard) for shard in variable.variables], axis=0)
         slots = self.slots[variable]
-        with core_variables.after(*self.refresh()):
+        rows = self.rows.get(variable)
+        with core_variables.after(*self.follow_weights()):
             if slots.stash is not None:
                 return tf.convert_to_tensor(slots.average)
             # Both are read: across replicas that may take all of them, which a conditional must not.
-            in_model, in_slot = map(tf.convert_to_tensor, (slots.variable, slots.average))
+            in_model = tf.convert_to_tensor(slots.variable)
+            in_slot = tf.convert_to_tensor(slots.average) if rows is None else rows.value()
             return tf.where(self.is_swapped(), in_model, in_slot)
 
     def load(self, slots: Slots, average: Any, stash: Optional[Any], clock: Clock) -> None:
@@ -279,6 +292,9 @@ class Averages:
         slots.average.assign(tf.cast(average, slots.average.dtype))
         if slots.stash is not None and stash is not None:
             slots.stash.assign(tf.cast(stash, slots.stash.dtype))
+        rows = self.rows.get(slots.variable)
+        if rows is not None:
+            rows.forget()
         self.status.set_clock(slots.variable, clock)
 
     def set_status(self, swapped: bool, first_step: int, like: Optional[tf.Variable] = None) -> None:
@@ -300,18 +316,52 @@ class Averages:
         self.contexts.before = swapped
         self.left = None
 
+    # Rows that wait.
+
+    def let_rows_wait(self, variables: Iterable[tf.Variable]) -> None:
+        """Lets the rows of these averages wait, where nothing was traced or given away before."""
+        for variable in variables:
+            slots = self.slots.get(variable)
+            if slots is not None and variable not in self.rows:
+                waits = slots.kind == "average" and can_wait(variable, slots.average)
+                self.rows[variable] = Rows(variable, slots.average, self.jit_compile) if waits else None
+
+    def waiting(self) -> List[Tuple[tf.Variable, Rows]]:
+        """The variables with averages whose rows may be behind."""
+        return [(variable, rows) for variable, rows in self.rows.items() if rows is not None]
+
+    def catch_up(self) -> List[tf.Tensor]:
+        """Catches up all rows; returns what must run before the averages are used."""
+        self._settle()
+        return [done for _, rows in self.waiting() for done in rows.catch_up()]
+
+    def catch_up_others(self) -> List[tf.Tensor]:
+        """The same for other averages of these variables, which are going to change."""
+        return [done for other in others(self) for done in other.catch_up()]
+
+    def hold(self, variables: Iterable[tf.Variable]) -> None:
+        """Lets nothing wait in these averages: their slots are given away."""
+        for rows in [self.rows.setdefault(variable, None) for variable in variables]:
+            if rows is not None:
+                rows.hold()
+
+    def _settle(self) -> None:
+        """While a graph is built, lets the averages that it may use be as it finds them."""
+        for slots in [] if tf.executing_eagerly() else self.averaged():
+            self.rows.setdefault(slots.variable, None)
+
     # Exchanging.
 
     def swap(self) -> None:
         """Exchanges weights and averages. Ctrl-C finds either all variables exchanged or none."""
-        refreshed = [*check_others(self), *self.refresh()]
+        refreshed = [*check_others(self), *self.refresh(), *self.catch_up_others()]
         exchange.warn_if_stale(self)
         self.left = None
         if tf.executing_eagerly() and not core_variables.in_replica_context():
-            exchange.finish(self._exchange)
+            exchange.finish(lambda: exchange.exchange_all(self))
             return
         with core_variables.after(*refreshed):
-            self._exchange()
+            exchange.exchange_all(self)
 
     def swapped(self, value: Value) -> SwappedContext[Value]:
         """A context in which the model holds the averages, and whose `as` gives `value`."""
@@ -322,30 +372,6 @@ class Averages:
             )
         return SwappedContext(self.contexts, value)
 
-    def _exchange(self) -> None:
-        # Compiled code would copy, and could not change the length of the flag.
-        with exchange.uncompiled():
-            swapped = self.is_swapped()
-            exchange.exchange(
-                pair
-                for slots in self.slots.values()
-                if slots.stash is None
-                for pair in zip(components(slots.variable), components(slots.average))
-            )
-            stashed = [
-                triple
-                for slots in self.slots.values()
-                if slots.stash is not None
-                for triple in zip(*map(components, (slots.variable, slots.average, slots.stash)))
-            ]
-            if stashed:
-                tf.cond(
-                    swapped,
-                    lambda: _done(lambda: exchange.leave_stash(stashed)),
-                    lambda: _done(lambda: exchange.enter_stash(stashed)),
-                )
-            self.status.set_swapped(tf.logical_not(swapped))
-
     def assign(self, variables: Sequence[tf.Variable]) -> None:
         """Sets each variable that has an average to it; must not run while swapped."""
         chosen = [self.slots[variable] for variable in variables if variable in self.slots]
@@ -355,7 +381,9 @@ class Averages:
                 f"a list in which none has one: {[variable.name for variable in variables]}"
             )
         checked = self.status.check_not_swapped(ASSIGN_WHILE_SWAPPED_ERROR)
-        with core_variables.after(checked), core_variables.after(*self.refresh()):
+        with core_variables.after(checked):
+            ready = [*self.refresh(), *self.catch_up_others()]
+        with core_variables.after(checked, *ready):
             for slots in chosen:
                 core_variables.copy(zip(components(slots.variable), components(slots.average)))
 
@@ -363,11 +391,11 @@ class Averages:
 
     def leave(self) -> None:
         """Notes what the model holds, which are the averages."""
-        self.left = self._checksum()
+        self.left = exchange.checksum(self.slots)
 
     def is_as_left(self) -> bool:
         """Whether the model still holds what `leave` noted."""
-        return self.left is not None and self.left == self._checksum()
+        return self.left is not None and self.left == exchange.checksum(self.slots)
 
     def take_up(self) -> bool:
         """Starts anew from what was loaded into the model since `leave`; whether there was anything."""
@@ -376,13 +404,6 @@ class Averages:
             self.start_over()
         self.left = None
         return loaded
-
-    def _checksum(self) -> int:
-        checksum = 0
-        for variable in self.slots:
-            value = core_variables.read(core_variables.all_components(variable)[0])
-            checksum = zlib.crc32(value.numpy().tobytes(), checksum)
-        return checksum
 
     # The start, and starting anew (eager mode).
 
@@ -424,26 +445,10 @@ class Averages:
                 if slot is not None:
                     parts = map(core_variables.all_components, (slot, slots.variable))
                     core_variables.copy(zip(*parts))
+            rows = self.rows.get(slots.variable)
+            if rows is not None:
+                rows.forget()
             if variables is not None and slots.kind == "average":
                 self.status.set_clock(slots.variable, Clock())
         if variables is None:
             self.status.forget_all()
-
-
-def for_each_pair(vector: tf.Tensor, places: List[int]) -> tf.Tensor:
-    """The elements at these places; a variable may have several components."""
-    return vector if places == list(range(len(places))) else tf.gather(vector, places)
-
-
-def _done(work: Callable[[], object]) -> tf.Tensor:
-    work()
-    return tf.constant(True)
-
-
-def _checked_average_dtype(value) -> Optional[tf.DType]:
-    if value is None:
-        return None
-    dtype = tf.as_dtype(value)
-    if not dtype.is_floating:
-        raise ValueError(f"Expected `average_dtype` to be a floating-point dtype. Received: {value!r}")
-    return dtype

@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import warnings
+import zlib
 from typing import TYPE_CHECKING, Callable, Iterable, List, Tuple
 
 import tensorflow as tf
@@ -26,7 +27,9 @@ from tf_averaging.core import fold
 from tf_averaging.core.status import NOT_SET
 from tf_averaging.core.variables import Component
 from tf_averaging.core.variables import after
+from tf_averaging.core.variables import all_components
 from tf_averaging.core.variables import assign
+from tf_averaging.core.variables import components
 from tf_averaging.core.variables import read
 
 if TYPE_CHECKING:
@@ -40,6 +43,32 @@ def exchange(pairs: Iterable[Tuple[Component, Component]]) -> None:
         with after(first_value, second_value):
             assign(first, second_value)
             assign(second, first_value)
+
+
+def exchange_all(averages: Averages) -> None:
+    """Exchanges all weights and averages, and says so in the flag."""
+    # Compiled code would copy, and could not change the length of the flag.
+    with uncompiled():
+        swapped = averages.is_swapped()
+        exchange(
+            pair
+            for slots in averages.slots.values()
+            if slots.stash is None
+            for pair in zip(components(slots.variable), components(slots.average))
+        )
+        stashed = [
+            triple
+            for slots in averages.slots.values()
+            if slots.stash is not None
+            for triple in zip(*map(components, (slots.variable, slots.average, slots.stash)))
+        ]
+        if stashed:
+            tf.cond(
+                swapped,
+                lambda: _done(lambda: leave_stash(stashed)),
+                lambda: _done(lambda: enter_stash(stashed)),
+            )
+        averages.status.set_swapped(tf.logical_not(swapped))
 
 
 # Where the average's dtype is not the variable's, neither can pass through the other without losing bits:
@@ -71,8 +100,22 @@ def leave_stash(triples: Iterable[Tuple[Component, Component, Component]]) -> No
             assign(stash, shown)
 
 
+def _done(work: Callable[[], object]) -> tf.Tensor:
+    work()
+    return tf.constant(True)
+
+
 def _bits(value: tf.Tensor) -> tf.Tensor:
     return tf.bitcast(value, {1: tf.uint8, 2: tf.uint16, 4: tf.uint32, 8: tf.uint64}[value.dtype.size])
+
+
+def checksum(variables: Iterable[tf.Variable]) -> int:
+    """A checksum of the values of these variables (eager mode)."""
+    result = 0
+    for variable in variables:
+        value = read(all_components(variable)[0])
+        result = zlib.crc32(value.numpy().tobytes(), result)
+    return result
 
 
 def uncompiled():

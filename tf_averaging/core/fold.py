@@ -103,6 +103,11 @@ def _copy_in_a_loop(pairs: Sequence[Pair], chosen: tf.Tensor, average_dtype, dty
     return tf.while_loop(lambda index: index < tf.size(places), copy_one, [tf.constant(0)])
 
 
+def for_each_pair(vector: tf.Tensor, places: List[int]) -> tf.Tensor:
+    """The elements at these places; a variable may have several components."""
+    return vector if places == list(range(len(places))) else tf.gather(vector, places)
+
+
 @functools.cache
 def fold_work(jit_compile: Union[bool, str]) -> Work:
     """The work of folding: see `fold`."""

@@ -77,6 +77,15 @@ def checked_jit_compile(value: Union[bool, str]) -> Union[bool, str]:
     return value
 
 
+def checked_average_dtype(value) -> Optional[tf.DType]:
+    if value is None:
+        return None
+    dtype = tf.as_dtype(value)
+    if not dtype.is_floating:
+        raise ValueError(f"Expected `average_dtype` to be a floating-point dtype. Received: {value!r}")
+    return dtype
+
+
 def check_program_order() -> None:
     """Refuses graphs in which operations on variables do not run in the order of the program.
 
@@ -371,10 +380,10 @@ ALL: weakref.WeakSet[Averages] = weakref.WeakSet()
 def check_others(averages: Averages) -> list:
     """Fails if other averages are in the variables of these; in graphs the operations that do so."""
     if not tf.executing_eagerly():
-        return [o.status.check_not_swapped(SWAPPED_BY_ANOTHER_ERROR) for o in _others(averages)]
-    if any(other.is_swapped() for other in _others(averages)):
+        return [o.status.check_not_swapped(SWAPPED_BY_ANOTHER_ERROR) for o in others(averages)]
+    if any(other.is_swapped() for other in others(averages)):
         gc.collect()  # One that nobody can reach will not swap back. This takes time, but then only.
-        for other in _others(averages):
+        for other in others(averages):
             other.status.check_not_swapped(SWAPPED_BY_ANOTHER_ERROR)
     return []
 
@@ -387,5 +396,5 @@ def averages_of(variables: Iterable[tf.Variable]) -> Iterator[Averages]:
             yield averages
 
 
-def _others(averages: Averages) -> Iterator[Averages]:
+def others(averages: Averages) -> Iterator[Averages]:
     return (other for other in averages_of(averages.slots) if other is not averages)

@@ -18,14 +18,16 @@ from __future__ import annotations
 import dataclasses
 import functools
 import warnings
-from typing import Any, Callable, List, Optional, Sequence, Union
+from typing import Any, Callable, List, Optional, Sequence, Tuple, Union
 
 import tensorflow as tf
 
 from tf_averaging.core import fold
 from tf_averaging.core import variables as core_variables
 from tf_averaging.core.averages import Averages
-from tf_averaging.core.averages import for_each_pair
+from tf_averaging.core.fold import for_each_pair
+from tf_averaging.core.rows import Moving
+from tf_averaging.core.rows import Rows
 from tf_averaging.core.status import NEVER
 from tf_averaging.core.status import NOT_SET
 from tf_averaging.core.status import check_others
@@ -33,6 +35,9 @@ from tf_averaging.core.status import check_program_order
 from tf_averaging.core.variables import VariableMap
 from tf_averaging.core.variables import VariableSelection
 from tf_averaging.core.variables import after
+
+# The rows that a step moves, by variable.
+_Moving = VariableMap[Tuple[Rows, Moving]]
 
 
 @dataclasses.dataclass(eq=False)
@@ -68,6 +73,7 @@ class Updates:
         steps_taken: Callable[[], tf.Tensor],
         take_step: Callable[[list], object],
         moves_weights: Union[bool, tf.Tensor] = True,
+        moved_rows: Sequence[Tuple[tf.Variable, Optional[tf.Tensor]]] = (),
     ):
         """Takes the inner optimizer's step, then updates the averages if that is due.
 
@@ -77,6 +83,8 @@ class Updates:
           steps_taken: returns the number of steps taken, scalar int64 tensor.
           take_step: takes the step, given the gradients that wait for what must come before.
           moves_weights: whether the step moves weights. One that accumulates gradients does not.
+          moved_rows: for variables of which the step moves some rows alone, the indices of these (int
+            vector, with or without duplicates); None for no row.
 
         Returns:
           What `take_step` returns.
@@ -95,17 +103,20 @@ class Updates:
         due = self.is_due(step, moves_weights)
         assert self.averages.status is not None
         trained = VariableMap((v, None) for v in core_variables.averageable(variables))
-        with after(self.averages.status.check_not_swapped()):
+        with after(self.averages.status.check_not_swapped(), *self.averages.catch_up_others()):
+            moving, ready = self._about_to_move(variables, moved_rows)
             begun: List[tf.Tensor] = []
             if due is not False:
                 begun = self.averages.once(lambda: self._begin(due, trained))
-            with after(*begun):
+            with after(*begun, *ready):
                 result = take_step(_waiting(gradients))
-        if due is not False:
-            with after(result):
-                self.averages.once(
-                    lambda: self._fold(due, step, self.averaging_weight, self.average_op, trained)
-                )
+        with after(result):
+            if due is not False:
+                weight, average_op = self.averaging_weight, self.average_op
+                self.averages.once(lambda: self._fold(due, step, weight, average_op, moving, trained))
+            else:
+                for rows, moved in moving.values():
+                    rows.fold(moved, tf.zeros([], tf.float64))
         return result
 
     def by_hand(self, weight: Any, step: tf.Tensor) -> None:
@@ -125,8 +136,9 @@ class Updates:
             checks = [checked, self.averages.status.check_not_swapped()]
             if weight is None:
                 self._first_update_forgets()
-            with after(*checks), after(*self._begin_now(True)):
-                self._fold(True, step, averaging_weight, average_op)
+            # All rows: weights that are loaded before each update count as a whole.
+            with after(*checks), after(*self._begin_now(True), *self.averages.catch_up()):
+                self._fold(True, step, averaging_weight, average_op, _Moving())
 
         self.averages.once(update)
 
@@ -273,15 +285,41 @@ class Updates:
                 )
             return is_traced and bool(tf.reduce_all(tf.equal(weight, 1.0)))
 
+    def _about_to_move(self, variables: Sequence[tf.Variable], moved_rows) -> Tuple[_Moving, list]:
+        """Notes which rows the step moves of averages whose rows wait; catches the others up.
+
+        Returns:
+          These rows, and what the step must wait for.
+        """
+        averages, moving, ready = self.averages, _Moving(), []
+        trained = VariableMap((variable, None) for variable in variables)
+        replicas = tf.distribute.get_strategy().num_replicas_in_sync
+        comes_twice = len(trained) < len(variables)
+        may_wait = not (self.average_op or comes_twice or replicas > 1 or fold.is_compiled_whole())
+        indices_of = VariableMap(moved_rows if may_wait else ())
+        with tf.init_scope():
+            averages.let_rows_wait(v for v, indices in indices_of.items() if indices is not None)
+        for variable, rows in averages.waiting():
+            if may_wait and (variable in indices_of or variable not in trained):
+                indices = indices_of.get(variable)
+                no_row = tf.zeros([0], tf.int64)
+                moving[variable] = rows, rows.about_to_move(no_row if indices is None else indices)
+            else:
+                ready += rows.catch_up()
+        return moving, ready
+
     # After a step.
 
-    def _fold(self, due, step: tf.Tensor, averaging_weight, average_op, trained=None) -> None:
+    def _fold(
+        self, due, step: tf.Tensor, averaging_weight, average_op, moving: _Moving, trained=None
+    ) -> None:
         """Folds the current weights into the averages, if an update is due, and counts it."""
         averages, status = self.averages, self.averages.status
-        pairs, places = averages.pairs()
+        pairs, places = averages.pairs(without=moving)
         begins_here = [] if trained is None or tf.executing_eagerly() else self._not_among(trained)
 
         def weights() -> tf.Tensor:
+            """For each average how much the weights count: float64 vector."""
             with status.device():
                 updates = status.updates()
                 steps = updates if self.period is None else status.steps(step)
@@ -291,10 +329,10 @@ class Updates:
                     weight = tf.where(tf.logical_and(empty, begins_here), tf.ones([], tf.float64), weight)
                 if due is not True and self._follows_weights():
                     weight = tf.where(due, weight, tf.cast(empty, tf.float64))
-                return for_each_pair(tf.broadcast_to(weight, tf.shape(updates)), places)
+                return tf.broadcast_to(weight, tf.shape(updates))
 
         def new_value(place, value, average) -> tf.Tensor:
-            self.weight = lambda: weights()[place]
+            self.weight = lambda: weights()[places[place]]
             return average_op(value, average)
 
         def fold_and_count(due) -> list:
@@ -302,11 +340,11 @@ class Updates:
                 done = [_when(due, lambda: fold.update(pairs, new_value))]
             elif status.section is not None:
                 # No function is called here: a critical section does not keep apart what runs inside one.
-                chosen = weights()
+                chosen = for_each_pair(weights(), places)
                 with after(*fold.copy_chosen(pairs, chosen)):
                     done = fold.interpolate(pairs, chosen)
             else:
-                done = self._interpolate(due, pairs, weights)
+                done = self._interpolate(due, pairs, places, weights, moving)
             with after(*done):
                 return status.count(step, due)
 
@@ -316,12 +354,12 @@ class Updates:
             self._alone(due, lambda: fold_and_count(True))
 
     def _interpolate(
-        self, due, pairs: Sequence[fold.Pair], weights: Callable[[], tf.Tensor]
+        self, due, pairs: Sequence[fold.Pair], places: List[int], weights: Callable[[], tf.Tensor], moving
     ) -> List[tf.Tensor]:
         on_devices, fold_all = self.averages.on_devices, fold.fold_work(self.averages.jit_compile)
         # What all devices need is computed here: the work on one device has no access to others.
         if fold.is_compiled_whole():
-            chosen = weights()
+            chosen = for_each_pair(weights(), places)
             with after(*on_devices(pairs, [fold.copy_chosen], None, chosen)):
                 return on_devices(pairs, [fold_all], None, chosen)
 
@@ -333,13 +371,25 @@ class Updates:
             return tf.cast(tf.logical_and(any_is_one, self.averages.status.is_valid()), tf.int32), chosen
 
         def skip():
-            return tf.constant(0), tf.zeros([len(pairs)], tf.float64)
+            return tf.constant(0), tf.zeros([len(self.averages.averaged())], tf.float64)
 
-        copies, chosen = choose() if due is True else tf.cond(due, choose, skip)
+        copies, by_clock = choose() if due is True else tf.cond(due, choose, skip)
+        rows_done = self._fold_rows(moving, by_clock)
+        chosen = for_each_pair(by_clock, places)
         with after(*on_devices(pairs, [fold.nothing, fold.copy_chosen], copies, chosen)):
             if due is True:
-                return on_devices(pairs, [fold_all], None, chosen)
-            return on_devices(pairs, [fold.nothing, fold_all], tf.cast(due, tf.int32), chosen)
+                return rows_done + on_devices(pairs, [fold_all], None, chosen)
+            choice = tf.cast(due, tf.int32)
+            return rows_done + on_devices(pairs, [fold.nothing, fold_all], choice, chosen)
+
+    def _fold_rows(self, moving: _Moving, weights: tf.Tensor) -> list:
+        """Folds in the rows that the step has moved, of averages whose other rows wait."""
+        done = []
+        for place, slots in enumerate(self.averages.averaged() if moving else ()):
+            if slots.variable in moving:
+                rows, moved = moving[slots.variable]
+                done += rows.fold(moved, weights[place])
+        return done
 
     def _alone(self, condition: Union[bool, tf.Tensor], work: Callable[[], list]) -> tf.Tensor:
         """Does `work` if `condition` holds, while no other worker is in the section."""

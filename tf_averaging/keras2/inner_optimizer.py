@@ -15,12 +15,14 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
-from typing import Optional, Set, Union
+from typing import Optional, Sequence, Set, Union
 
 import tensorflow as tf
 import tf_keras
 
+from tf_averaging import faces
 from tf_averaging.saving import positions
 from tf_averaging.saving.predecessors import without_state
 
@@ -78,6 +80,35 @@ def restore_target(optimizer: Optimizer, position: positions.Position, is_of_pre
                 stacklevel=3,
             )
     return optimizer
+
+
+def _moves_given_rows_alone(optimizer: Optimizer) -> bool:
+    """Whether a step leaves all rows as they are that a sparse gradient does not name.
+
+    This is known of some optimizers. `Ftrl` of the current generation moves all rows.
+    """
+    current, legacy = tf_keras.optimizers, tf_keras.optimizers.legacy
+    if type(optimizer) in (current.SGD, current.Adagrad):
+        has_momentum = type(optimizer) is current.SGD and optimizer.momentum != 0
+        return optimizer.weight_decay is None and not has_momentum
+    if type(optimizer) not in (legacy.SGD, legacy.Adagrad, legacy.Ftrl):
+        return False
+    if optimizer.gradient_transformers or optimizer.gradient_aggregator is not _default_aggregator():
+        return False
+    # Private names: nothing public says it. `tests/private_names_test.py` fails if one of them goes away.
+    if type(optimizer) is legacy.SGD:
+        return not optimizer._momentum
+    return type(optimizer) is legacy.Adagrad or optimizer._l2_shrinkage_regularization_strength == 0
+
+
+@functools.cache
+def _default_aggregator():
+    return tf_keras.optimizers.legacy.SGD().gradient_aggregator
+
+
+def moved_rows(optimizer: Optimizer, gradients: Sequence, variables: Sequence[tf.Variable]) -> list:
+    """The rows that a step moves, for variables of which it moves no others: see `Updates.around`."""
+    return faces.given_rows(gradients, variables) if _moves_given_rows_alone(optimizer) else []
 
 
 def warn_of_saved_model(swapped: bool) -> None:

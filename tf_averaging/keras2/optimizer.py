@@ -123,7 +123,10 @@ class Keras2Face(tf_keras.optimizers.Optimizer):
         if all(gradient is None for gradient in gradients):
             # No step: an error or nothing, as the inner optimizer has it.
             return take_step(gradients)
-        return self._updates.around(variables, gradients, self._steps_taken, take_step)
+        moved: Sequence = ()
+        if any(isinstance(gradient, tf.IndexedSlices) for gradient in gradients):
+            moved = inner_optimizers.moved_rows(self._inner_optimizer, gradients, variables)
+        return self._updates.around(variables, gradients, self._steps_taken, take_step, moved_rows=moved)
 
     def minimize(self, loss, var_list, grad_loss=None, name=None, tape=None):
         """Computes gradients of `loss` and applies them.
@@ -229,6 +232,7 @@ class Keras2Face(tf_keras.optimizers.Optimizer):
         # A private name: nothing public says it. `tests/private_names_test.py` fails if it goes away.
         if getattr(self, "_is_wrapped_by_loss_scale_optimizer", False):
             return VariableList((), "under a LossScaleOptimizer lacks averages and inner state")
+        self._averages.hold(self._averages.slots)
         lost = "lacks the list given to `shadow_copy`" if self._updates.selection.is_fixed else None
         return VariableList(arrays.state_of(self).variables(), lost)
 

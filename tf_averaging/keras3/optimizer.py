@@ -125,7 +125,31 @@ class Keras3Face(keras.optimizers.Optimizer):
             self._inner_optimizer.apply(gradients, variables)
 
         trained = self._may_be_averaged(variables or self._updates.selection.trained)
-        self._updates.around(trained, gradients, self._steps_taken, take_step, self._moves_weights())
+        self._updates.around(
+            trained,
+            gradients,
+            self._steps_taken,
+            take_step,
+            self._moves_weights(),
+            self._moved_rows(gradients, variables or ()),
+        )
+
+    def _moved_rows(self, gradients: Sequence, variables: Sequence) -> List[Tuple[tf.Variable, Any]]:
+        """The rows that a step moves, for variables of which it moves no others."""
+        if not any(isinstance(gradient, tf.IndexedSlices) for gradient in gradients):
+            return []
+        inner, known = self._inner_optimizer, (keras.optimizers.SGD, keras.optimizers.Adagrad)
+        # What scales gradients makes sparse ones dense. `Ftrl` moves all rows.
+        moves_others = (
+            type(inner) not in known
+            or inner.weight_decay is not None
+            or inner.global_clipnorm is not None
+            or inner.loss_scale_factor is not None
+            or bool(inner.gradient_accumulation_steps)
+            or getattr(inner, "momentum", 0) != 0
+        )
+        given = [] if moves_others else faces.given_rows(gradients, variables)
+        return [(kerases.tf_variable(variable), indices) for variable, indices in given]
 
     def _variables_of_step(self, variables: Optional[Sequence]) -> Optional[list]:
         """The variables that `apply` got; None for those that the optimizer was built with."""
@@ -218,6 +242,7 @@ class Keras3Face(keras.optimizers.Optimizer):
         inner = list(self._inner_optimizer.variables)
         if self._is_inside_another:
             return inner
+        self._averages.hold(self._averages.slots)
         state = arrays.state_of(self)
         of_averages = state.variables()[len(state.inner) :]
         of_averages = of_averages[: len(of_averages) - len(state.own)]

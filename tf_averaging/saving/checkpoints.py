@@ -195,7 +195,7 @@ class AveragesNode(tf.__internal__.tracking.Trackable):
         self._common_count = tf.__internal__.tracking.Trackable()
         self._owner: Optional[positions.Owner] = None
         self._restore_uid = self._visited_by = NOT_SET
-        self._thread = threading.get_ident()
+        self._thread, self._is_copied = threading.get_ident(), False
         averages.when_added.append(self.restore_pending)
 
     # What is saved.
@@ -204,7 +204,7 @@ class AveragesNode(tf.__internal__.tracking.Trackable):
         del kwargs
         # Asynchronous checkpoints come here on a thread of their own, to save copies, while training
         # goes on: the averages must be left alone then.
-        is_here = threading.get_ident() == self._thread
+        is_here = threading.get_ident() == self._thread or not self._is_copied
         if save_type == "checkpoint" and tf.executing_eagerly() and is_here:
             self._averages.refresh()
         return {**self._status_variables(), "scheme": self._scheme}
@@ -219,6 +219,12 @@ class AveragesNode(tf.__internal__.tracking.Trackable):
             for slot in (self.get_slot(variable, name) for name in self.SLOT_NAMES):
                 if slot is not None:
                     slot._copy_trackable_to_cpu(object_map)
+
+    def _copy_trackable_to_cpu(self, object_map):
+        """Called before an asynchronous checkpoint copies the averages: slots come last."""
+        del object_map  # All that is saved of this object are its children and slots.
+        self._is_copied = True
+        self._averages.catch_up()
 
     def get_slot_names(self) -> List[str]:
         return list(self.SLOT_NAMES)
