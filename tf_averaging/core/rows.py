@@ -89,12 +89,13 @@ class Rows:
         # Whether somebody has the average's variable, and may look at any time.
         self._is_held = create(np.zeros([], np.bool_), "is_held")
         # In functions, so that Ctrl-C cannot come between the average and the clocks.
-        rows = [
+        dtype = _part(average).dtype
+        signature = [
             tf.TensorSpec([None], tf.int64),
-            tf.TensorSpec([None, *variable.shape[1:]], variable.dtype),
+            tf.TensorSpec([None, *variable.shape[1:]], dtype),
+            tf.TensorSpec([], tf.float64),
         ]
-        weight = tf.TensorSpec([], tf.float64)
-        self._fold = tf.function(self._fold_moved, [*rows, weight], autograph=False)
+        self._fold = tf.function(self._fold_moved, signature, autograph=False)
         self._catch_up = tf.function(self._catch_up_in_blocks, [], autograph=False)
 
     # A step.

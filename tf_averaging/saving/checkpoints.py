@@ -165,7 +165,7 @@ class AveragesNode(tf.__internal__.tracking.Trackable):
       averages: the averages.
       start: returns the first step that is averaged. Averages count from it if the file has no clocks.
       tf_variables: makes TensorFlow's variables of a model's.
-      schemes: the name of the scheme that keeps the averages, and those of its base classes.
+      schemes: the name of the scheme, and those of its base classes.
     """
 
     SLOT_NAMES = ("average", "stash", "exchanged", "clock")
@@ -214,17 +214,14 @@ class AveragesNode(tf.__internal__.tracking.Trackable):
         return {} if status is None else {"swapped": status.swapped, "first_step": status.first_step}
 
     def _copy_trackable_to_cpu(self, object_map):
-        # Asynchronous checkpoints look for slots of TensorFlow's variables alone, not of Keras 3's.
+        """Called whenever an asynchronous checkpoint makes copies, before those of slots that it finds."""
+        self._is_copied = True
+        self._averages.catch_up()
+        # It looks for slots of TensorFlow's variables alone, not of Keras 3's.
         for variable in self._averages.slots:
             for slot in (self.get_slot(variable, name) for name in self.SLOT_NAMES):
                 if slot is not None:
                     slot._copy_trackable_to_cpu(object_map)
-
-    def _copy_trackable_to_cpu(self, object_map):
-        """Called before an asynchronous checkpoint copies the averages: slots come last."""
-        del object_map  # All that is saved of this object are its children and slots.
-        self._is_copied = True
-        self._averages.catch_up()
 
     def get_slot_names(self) -> List[str]:
         return list(self.SLOT_NAMES)
