@@ -25,6 +25,7 @@ from absl import app
 from absl import flags
 
 from benchmarks import contenders
+from benchmarks import embedding
 from benchmarks import fit_step
 from benchmarks import long_run
 from benchmarks import names
@@ -193,6 +194,8 @@ def main(arguments) -> None:
             results[name] = {"steps": steps_and_added(times, contenders.bare_of)}
         elif name == "scaling":
             results[name] = scaling.measure(FLAGS.seconds, FLAGS.quick)
+        elif name == "rows":
+            results[name] = embedding.measure(FLAGS.seconds, FLAGS.quick)
         elif name == "long_run":
             results[name] = long_run.measure(200 if FLAGS.quick else 10_000)
         else:

@@ -34,6 +34,8 @@ def markdown(runs: Dict[str, List]) -> str:
             parts.append(long_run(median_of(figures)))
         elif name == "scaling":
             parts += [scaling(what, points) for what, points in median_of(figures).items()]
+        elif name == "rows":
+            parts.append(embedding(median_of(figures)))
         elif name != "import_seconds":
             parts.append(workload(name, median_of(list(map(with_ratios, figures))), len(figures)))
     parts.append(targets(runs))
@@ -231,6 +233,17 @@ def scaling(what: str, points: Dict) -> str:
         for point, values in points.items()
     ]
     return f"### An update, by number of {what} (ms)\n\n" + table([what, *curves], rows)
+
+
+def embedding(sizes: Dict) -> str:
+    """What is added to a step that moves some rows of a table."""
+    contenders = list(dict.fromkeys(name for figures in sizes.values() for name in figures))
+    rows = [
+        [size, *(f"{figures[name]:.2f}" if name in figures else "" for name in contenders)]
+        for size, figures in sizes.items()
+    ]
+    head = ["table, rows that move", *contenders]
+    return "### What is added to a step of Adagrad on an embedding (ms)\n\n" + table(head, rows)
 
 
 def plot_scaling(curves: Dict[str, Dict], path: str) -> None:

@@ -38,7 +38,7 @@ flags.DEFINE_string("output_dir", "build/benchmark", "Where the results go.")
 flags.DEFINE_list(
     "workloads",
     "resnet50,matrices,small,small300,xla_resnet50,xla_matrices,xla_small300,fit,long_run,scaling,embedding,"
-    "bfloat16,mirrored,transformer",
+    "rows,bfloat16,mirrored,transformer",
     "What to measure.",
 )
 

@@ -85,28 +85,35 @@ class Training:
       scheme: how it is averaged.
       inner: the optimizer.
       as_function: whether the step is a `tf.function`.
+      alone: whether there are no other variables.
     """
 
-    def __init__(self, scheme, inner, as_function=True, **compile_options):
+    def __init__(self, scheme, inner, as_function=True, alone=False):
         self.scheme, self.optimizer = scheme, scheme.wrap(inner)
         is_keras_3 = isinstance(inner, KERAS_3.Optimizer)
         make = keras_3.Variable if is_keras_3 else tf.Variable
-        self.table, self.bias = make(TABLE), make(np.ones(2, np.float32))
+        self.table = make(TABLE)
+        self.first, self.bias = make(np.ones(4, np.float32)), make(np.ones(2, np.float32))
         self.variable = kerases.tf_variable(self.table) if is_keras_3 else self.table
-        self.optimizer.build([self.table, self.bias])
-        self.history = [self.variable.numpy()]
+        self.alone = alone
+        self.optimizer.build([self.table] if alone else [self.first, self.table, self.bias])
+        self.history, self.others = [], []
+        self.note()
         spec = [tf.TensorSpec([None], tf.int32), tf.TensorSpec([None, WIDTH], tf.float32)]
-        self._step = tf.function(self._apply, spec, **compile_options) if as_function else self._apply
+        self._step = tf.function(self._apply, spec) if as_function else self._apply
 
     def _apply(self, indices, values):
         slices = tf.IndexedSlices(values, indices, tf.constant([ROWS, WIDTH]))
-        self.optimizer.apply_gradients([(slices, self.table), (tf.ones([2]), self.bias)])
+        others = [(tf.ones(v.shape), v) for v in (self.first, self.bias)]
+        pairs = [others[0], (slices, self.table), others[1]]
+        self.optimizer.apply_gradients(pairs[1:2] if self.alone else pairs)
 
     def start_anew(self):
         self.variable.assign(TABLE)
         self.optimizer.reset_averages()
         self.optimizer.iterations.assign(0)
-        self.history = [self.variable.numpy()]
+        self.history, self.others = [], []
+        self.note()
 
     def step(self, indices):
         random = np.random.default_rng(len(self.history))
@@ -122,12 +129,18 @@ class Training:
     def note(self):
         """Notes that a step was taken."""
         self.history.append(self.variable.numpy())
+        self.others.append([np.array(v) for v in (self.first, self.bias)])
 
     def expected(self):
         return numpy_averages.expected_average(self.scheme, self.history)
 
     def check(self, actual=None):
-        actual = self.optimizer.get_average(self.table) if actual is None else actual
+        """Checks the table's average: this one, or what the optimizer says; then of the others too."""
+        if actual is None:
+            actual = self.optimizer.get_average(self.table)
+            for variable, values in zip(() if self.alone else (self.first, self.bias), zip(*self.others)):
+                expected = numpy_averages.expected_average(self.scheme, values)
+                np.testing.assert_allclose(self.optimizer.get_average(variable), expected, rtol=1e-5)
         np.testing.assert_allclose(actual, self.expected(), rtol=0, atol=1e-6 * np.abs(TABLE).max())
 
     def is_sparse(self) -> bool:
@@ -162,13 +175,13 @@ SCHEMES = {
 
 @pytest.mark.parametrize(
     ("optimizer", "scheme"),
-    [*zip([*SPARSE, "SGD"], 2 * list(SCHEMES)), ("Keras 3 SGD", "user's"), ("Adagrad", "SWA")],
+    [*zip(SPARSE, [*SCHEMES, "user's"]), ("Adagrad", "user's")],
 )
 @pytest.mark.parametrize("as_function", [True, False], ids=["graph", "eager"])
 def test_average_is_that_of_all_steps(optimizer, scheme, as_function):
     training = Training(SCHEMES[scheme], SPARSE[optimizer](), as_function)
 
-    @hypothesis.settings(max_examples=6 if as_function else 2, deadline=None, derandomize=True)
+    @hypothesis.settings(max_examples=4 if as_function else 2, deadline=None, derandomize=True)
     @hypothesis.given(PLANS)
     def follow(plan):
         training.start_anew()
@@ -192,10 +205,9 @@ def test_average_is_that_of_all_steps(optimizer, scheme, as_function):
     assert training.is_sparse()
 
 
-@around_two
-@pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES.keys())
-def test_average_after_500_steps(name, scheme):
-    training = Training(scheme, SPARSE[name]())
+@pytest.mark.parametrize(("optimizer", "scheme"), zip([*SPARSE][:6], SCHEMES))
+def test_average_after_500_steps(optimizer, scheme):
+    training = Training(SCHEMES[scheme], SPARSE[optimizer](), alone=optimizer.startswith("legacy"))
     training.steps(500)
     assert training.is_sparse()
     training.check()
@@ -221,7 +233,7 @@ def test_slot_that_somebody_holds_is_never_behind(name):
 
 
 @around_two
-def test_read_in_a_function_writes_nothing(name):
+def test_read_in_a_function_writes_nothing_and_assignment_has_all_rows(name):
     training = Training(SCHEMES["EMA"], SPARSE[name]())
     training.steps(1)
     get = tf.function(lambda: training.optimizer.get_average(training.table))
@@ -233,6 +245,10 @@ def test_read_in_a_function_writes_nothing(name):
         training.check()
         np.testing.assert_array_equal(rows._caught_up.numpy(), before)
         assert np.any(before != before[0])
+    training.steps(10)
+    assign = tf.function(lambda: training.optimizer.assign_average_vars([training.table]))
+    assign()
+    training.check(training.variable.numpy())
 
 
 def call(function, *args) -> None:
@@ -338,7 +354,7 @@ def test_updates_by_hand_count_what_is_loaded():
         training.variable.assign(loaded)
         training.optimizer.update_average(weight)
         average = average + weight * (loaded - average)
-        np.testing.assert_allclose(training.optimizer.get_average(training.table), average, rtol=1e-6)
+        np.testing.assert_allclose(training.optimizer.get_average(training.table), average, atol=1e-6)
 
 
 def test_weights_that_another_optimizer_exchanges():
@@ -356,6 +372,7 @@ def test_weights_that_another_optimizer_exchanges():
     other.apply_gradients([(tf.ones([ROWS, WIDTH]), training.table)])
     expected = training.expected()
     np.testing.assert_allclose(training.optimizer.get_average(training.table), expected, atol=1e-6)
+
     nested = Training(
         numpy_averages.Scheme(
             lambda inner: tfav.ExponentialMovingAverage(tfav.SWA(inner, 0, 1), average_decay=0.99),
@@ -442,7 +459,9 @@ def test_files_are_those_of_averages_that_are_updated_as_a_whole(name, monkeypat
         saved = stores[0] if load.__code__.co_names[-1] == "load_own_variables" else None
         if saved is None:
             pair[0].check(loaded.optimizer.get_average(loaded.table))
-    loaded.history = list(pair[0].history)
+    loaded.history, loaded.others = list(pair[0].history), list(pair[0].others)
+    for variable, value in zip((loaded.first, loaded.bias), loaded.others[-1]):
+        variable.assign(value)
     loaded.steps(20)
     loaded.check()
 

@@ -112,6 +112,14 @@ def test_legacy_optimizers_compute_and_sum_gradients_by_these_names(mirrored_str
     assert all(value == replicas for value in mirrored_strategy.experimental_local_results(summed))
 
 
+def test_legacy_optimizers_say_what_moves_rows_without_a_gradient():
+    legacy = tf_keras.optimizers.legacy
+    assert [legacy.SGD(momentum=m)._momentum for m in (0.0, 0.9)] == [False, True]
+    shrinkage = legacy.Ftrl(l2_shrinkage_regularization_strength=0.1)
+    assert shrinkage._l2_shrinkage_regularization_strength == 0.1
+    assert legacy.SGD().gradient_aggregator is legacy.Adagrad().gradient_aggregator
+
+
 def test_learning_rate_schedule_is_kept_where_callbacks_look():
     schedule = tf_keras.optimizers.schedules.ExponentialDecay(0.1, 10, 0.5)
     for generation in (tf_keras.optimizers, tf_keras.optimizers.legacy):

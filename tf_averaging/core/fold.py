@@ -104,8 +104,10 @@ def _copy_in_a_loop(pairs: Sequence[Pair], chosen: tf.Tensor, average_dtype, dty
 
 
 def for_each_pair(vector: tf.Tensor, places: List[int]) -> tf.Tensor:
-    """The elements at these places; a variable may have several components."""
-    return vector if places == list(range(len(places))) else tf.gather(vector, places)
+    """The elements at these places; a variable may have several components, or be left out."""
+    if places == list(range(vector.shape[0] or 0)):
+        return vector
+    return tf.gather(vector, tf.constant(places, tf.int32))
 
 
 @functools.cache
