@@ -355,6 +355,15 @@ def test_updates_by_hand_count_what_is_loaded():
         training.optimizer.update_average(weight)
         average = average + weight * (loaded - average)
         np.testing.assert_allclose(training.optimizer.get_average(training.table), average, atol=1e-6)
+    training = Training(SCHEMES["EMA"], SPARSE["SGD"]())
+    training.steps(10)
+    average = training.expected()
+    update = tf.function(functools.partial(call, training.optimizer.update_average, 0.5))
+    for loaded in (training.history[-1], np.ones_like(TABLE)):
+        training.variable.assign(loaded)
+        update()
+        average = (average + loaded) / 2
+    np.testing.assert_allclose(training.optimizer.get_average(training.table), average, atol=1e-6)
 
 
 def test_weights_that_another_optimizer_exchanges():
@@ -363,6 +372,7 @@ def test_weights_that_another_optimizer_exchanges():
     other = tfav.SWA(CURRENT.SGD(1.0), 0, 1)
     training.steps(10)
     other.shadow_copy([training.table])
+    other.update_average()
     training.steps(10)
     other.swap_weights()
     training.check()
