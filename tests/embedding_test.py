@@ -478,24 +478,19 @@ def test_files_are_those_of_averages_that_are_updated_as_a_whole(name, monkeypat
 
 @around_two
 def test_asynchronous_checkpoints_have_all_rows(name, tmp_path):
-    """Those of Keras 3 read averages while training goes on, so that none may be behind from then on."""
     training = Training(SCHEMES["EMA"], SPARSE[name]())
     saver = checkpoint(training)
     options = tf.train.CheckpointOptions(enable_async=True)
-    for _ in range(1 if "3" in name else 4):
+    for _ in range(4):
         training.steps(15)
         assert training.is_sparse()
         path = saver.save(str(tmp_path / "ckpt"), options=options)
-        if "3" not in name:
-            expected = training.expected()
-            training.steps(5)
-        saver.sync()
-        if "3" not in name:
-            np.testing.assert_allclose(average_in_file(path), expected, rtol=0, atol=2e-6)
-    if "3" in name:
-        training.check(average_in_file(path))
+        expected = training.expected()
         training.steps(5)
-        training.check(training.optimizer._averages.slots[training.variable].average.numpy())
+        saver.sync()
+        np.testing.assert_allclose(average_in_file(path), expected, rtol=0, atol=2e-6)
+        if "3" in name:  # Plain Keras 3 cannot save twice with one of them.
+            saver = checkpoint(training)
 
 
 def test_checkpoint_that_another_thread_writes(tmp_path):

@@ -25,7 +25,7 @@ from __future__ import annotations
 import functools
 import inspect
 import reprlib
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Optional
 
 import numpy as np
 
@@ -433,19 +433,6 @@ def update_step(self, *args: Any, **kwargs: Any) -> None:
         "An optimizer around this one calls `update_step`, which would pass over the averages. Put "
         f"the averaging optimizer outside: `{type(self).__name__}(YourWrapper(...))`."
     )
-
-
-def given_rows(gradients: Sequence, variables: Sequence) -> List[Tuple[Any, Any]]:
-    """The variables with sparse gradients, each with the indices of the rows that its gradient is of.
-
-    Variables without a gradient are among them, with None; those with a constraint, which may change any
-    row, are not.
-    """
-    return [
-        (variable, getattr(gradient, "indices", None))
-        for gradient, variable in zip(gradients, variables)
-        if variable.constraint is None and (gradient is None or hasattr(gradient, "indices"))
-    ]
 
 
 def learning_rate_or_schedule(optimizer: Any):

@@ -28,6 +28,7 @@ from tf_averaging.core.fold import for_each_pair
 from tf_averaging.core.rows import Rows
 from tf_averaging.core.rows import can_wait
 from tf_averaging.core.status import ALL
+from tf_averaging.core.status import ASSIGN_WHILE_SWAPPED_ERROR
 from tf_averaging.core.status import NOT_SET
 from tf_averaging.core.status import Clock
 from tf_averaging.core.status import Status
@@ -42,11 +43,6 @@ from tf_averaging.core.variables import VariableMap
 from tf_averaging.core.variables import components
 
 Value = TypeVar("Value")
-
-ASSIGN_WHILE_SWAPPED_ERROR = (
-    "The averages are in the model already (`weights_swapped` is True), and the weights are in the "
-    "slots: they would be lost. Call `swap_weights()` first."
-)
 
 
 @dataclasses.dataclass(frozen=True)

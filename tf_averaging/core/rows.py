@@ -21,7 +21,7 @@ catches up what they have missed; all others wait until they move, or until some
 
 from __future__ import annotations
 
-from typing import List, NamedTuple, Union
+from typing import Any, List, NamedTuple, Sequence, Tuple, Union
 
 import numpy as np
 import tensorflow as tf
@@ -48,6 +48,19 @@ class Moving(NamedTuple):
 
     indices: tf.Tensor
     before: tf.Tensor
+
+
+def given_rows(gradients: Sequence, variables: Sequence) -> List[Tuple[Any, Any]]:
+    """The variables with sparse gradients, each with the indices of the rows that its gradient is of.
+
+    Variables without a gradient are among them, with None; those with a constraint, which may change any
+    row, are not.
+    """
+    return [
+        (variable, getattr(gradient, "indices", None))
+        for gradient, variable in zip(gradients, variables)
+        if variable.constraint is None and (gradient is None or hasattr(gradient, "indices"))
+    ]
 
 
 def can_wait(variable: tf.Variable, average: tf.Variable) -> bool:

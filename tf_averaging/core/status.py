@@ -45,6 +45,11 @@ SWAPPED_ERROR = (
     "`with optimizer.swapped_weights():`."
 )
 
+ASSIGN_WHILE_SWAPPED_ERROR = (
+    "The averages are in the model already (`weights_swapped` is True), and the weights are in the "
+    "slots: they would be lost. Call `swap_weights()` first."
+)
+
 SWAPPED_BY_ANOTHER_ERROR = (
     "The averages of another averaging optimizer are in variables that this one averages too: it would "
     "take them for weights, and swaps that interleave bring back the wrong ones. Call `swap_weights()` "
@@ -397,4 +402,5 @@ def averages_of(variables: Iterable[tf.Variable]) -> Iterator[Averages]:
 
 
 def others(averages: Averages) -> Iterator[Averages]:
+    """Those that average some of the same variables."""
     return (other for other in averages_of(averages.slots) if other is not averages)

@@ -105,9 +105,7 @@ class Updates:
         trained = VariableMap((v, None) for v in core_variables.averageable(variables))
         with after(self.averages.status.check_not_swapped(), *self.averages.catch_up_others()):
             moving, ready = self._about_to_move(variables, moved_rows)
-            begun: List[tf.Tensor] = []
-            if due is not False:
-                begun = self.averages.once(lambda: self._begin(due, trained))
+            begun = [] if due is False else self.averages.once(lambda: self._begin(due, trained))
             with after(*begun, *ready):
                 result = take_step(_waiting(gradients))
         with after(result):

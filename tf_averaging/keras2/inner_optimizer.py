@@ -22,7 +22,7 @@ from typing import Optional, Sequence, Set, Union
 import tensorflow as tf
 import tf_keras
 
-from tf_averaging import faces
+from tf_averaging.core.rows import given_rows
 from tf_averaging.saving import positions
 from tf_averaging.saving.predecessors import without_state
 
@@ -108,7 +108,7 @@ def _default_aggregator():
 
 def moved_rows(optimizer: Optimizer, gradients: Sequence, variables: Sequence[tf.Variable]) -> list:
     """The rows that a step moves, for variables of which it moves no others: see `Updates.around`."""
-    return faces.given_rows(gradients, variables) if _moves_given_rows_alone(optimizer) else []
+    return given_rows(gradients, variables) if _moves_given_rows_alone(optimizer) else []
 
 
 def warn_of_saved_model(swapped: bool) -> None:

@@ -24,6 +24,7 @@ import tensorflow as tf
 from tf_averaging import faces
 from tf_averaging import kerases
 from tf_averaging.core import variables as core_variables
+from tf_averaging.core.rows import given_rows
 from tf_averaging.core.status import check_others
 from tf_averaging.core.variables import VariableMap
 from tf_averaging.core.variables import as_written
@@ -148,7 +149,7 @@ class Keras3Face(keras.optimizers.Optimizer):
             or bool(inner.gradient_accumulation_steps)
             or getattr(inner, "momentum", 0) != 0
         )
-        given = [] if moves_others else faces.given_rows(gradients, variables)
+        given = [] if moves_others else given_rows(gradients, variables)
         return [(kerases.tf_variable(variable), indices) for variable, indices in given]
 
     def _variables_of_step(self, variables: Optional[Sequence]) -> Optional[list]:

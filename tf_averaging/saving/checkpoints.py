@@ -214,7 +214,7 @@ class AveragesNode(tf.__internal__.tracking.Trackable):
         return {} if status is None else {"swapped": status.swapped, "first_step": status.first_step}
 
     def _copy_trackable_to_cpu(self, object_map):
-        """Called whenever an asynchronous checkpoint makes copies, before those of slots that it finds."""
+        """Called when an asynchronous checkpoint makes copies, before those of slots that it finds."""
         self._is_copied = True
         self._averages.catch_up()
         # It looks for slots of TensorFlow's variables alone, not of Keras 3's.
