@@ -44,8 +44,18 @@ def make_schedule():
 
 
 # What `get_config` must hold beside the inner optimizer: the arguments given or their defaults.
-COMMON = {"trainable_weights_only": True, "average_dtype": None, "jit_compile": "auto"}
-OTHERS = {"trainable_weights_only": False, "average_dtype": "float64", "jit_compile": False}
+COMMON = {
+    "trainable_weights_only": True,
+    "average_dtype": None,
+    "jit_compile": "auto",
+    "average_device": None,
+}
+OTHERS = {
+    "trainable_weights_only": False,
+    "average_dtype": "float64",
+    "jit_compile": False,
+    "average_device": "CPU:1",
+}
 WRAPPERS = {
     "SWA": (
         lambda: SWA(CURRENT.SGD()),

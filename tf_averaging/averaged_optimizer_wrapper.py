@@ -69,6 +69,7 @@ class AveragedOptimizerWrapper:
         None: float32 for float16 and bfloat16 variables, their own dtype for others.
       jit_compile: whether XLA compiles the update: `"auto"` for large variables, or a bool. The results
         agree up to rounding.
+      average_device: the device that holds the averages, as `"CPU:0"`. None: each is beside its variable.
       **settings: `learning_rate` (or `lr`), `clipnorm`, `clipvalue`, `global_clipnorm`, and for a legacy
         inner optimizer `decay`, where the inner optimizer leaves them unset.
 
@@ -98,11 +99,12 @@ class AveragedOptimizerWrapper:
         trainable_weights_only: bool = True,
         average_dtype: Union[None, str, tf.DType] = None,
         jit_compile: Union[bool, str] = "auto",
+        average_device: Optional[str] = None,
         **settings: Any,
     ):
         if not isinstance(name, str):
             raise TypeError(f"Expected `name` to be a string. Received: name={name!r}")
-        averages = Averages(average_dtype, jit_compile, name)
+        averages = Averages(average_dtype, jit_compile, name, average_device)
         period = None if average_period is None else checked_count("average_period", average_period, 1)
         updates = Updates(
             averages,
@@ -357,10 +359,6 @@ class AveragedOptimizerWrapper:
         object.__setattr__(self, "_checkpoint_form", form)
         return form
 
-    def _create_as_restored(self) -> None:
-        if self._checkpoint_form is not None:
-            self._checkpoint_form.create_as_restored()
-
     def _trackable_children(self, save_type="checkpoint", **kwargs):
         if save_type == "savedmodel":
             return self._saved_model_children()
@@ -390,10 +388,12 @@ class AveragedOptimizerWrapper:
 
     def get_config(self) -> Dict[str, Any]:
         """The constructor's arguments, ready for JSON."""
-        settings = ("name", "average_period", "trainable_weights_only", "average_dtype", "jit_compile")
+        settings = ("average_period", "trainable_weights_only", "average_dtype", "jit_compile")
         return {
             **super().get_config(),  # type: ignore[misc]
             "optimizer": self._serialize_inner(),
+            "name": self.name,
+            "average_device": self._averages.device,
             "start_averaging": self._updates.start,
             **{name: getattr(self, name) for name in settings},
         }

@@ -16,6 +16,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any, Callable, Container, Iterable, List, Optional, Sequence, Tuple, TypeVar, Union
 
 import tensorflow as tf
@@ -35,7 +36,9 @@ from tf_averaging.core.status import Status
 from tf_averaging.core.status import check_others
 from tf_averaging.core.status import check_program_order
 from tf_averaging.core.status import checked_average_dtype
+from tf_averaging.core.status import checked_device
 from tf_averaging.core.status import checked_jit_compile
+from tf_averaging.core.status import dtype_of_average
 from tf_averaging.core.status import others
 from tf_averaging.core.swapped_contexts import SwappedContext
 from tf_averaging.core.swapped_contexts import SwappedContexts
@@ -79,6 +82,7 @@ class Averages:
         averages of float16 and bfloat16 variables.
       jit_compile: whether XLA compiles the update: `"auto"` for large variables, or a bool.
       name: the names of all variables here begin with it.
+      device: where all variables here live; None for each beside its variable of the model.
       slots: what is kept for each variable.
       status: clocks, count and flag; None until there are slots.
       when_added: called with the variables that got averages, whoever asked for them.
@@ -92,6 +96,7 @@ class Averages:
     average_dtype: Optional[tf.DType] = None
     jit_compile: Union[bool, str] = "auto"
     name: str = "averages"
+    device: Optional[str] = None
     slots: VariableMap[Slots] = dataclasses.field(default_factory=VariableMap)
     status: Any = None  # A `Status`.
     when_added: List[Callable[[List[tf.Variable]], None]] = dataclasses.field(default_factory=list)
@@ -104,6 +109,7 @@ class Averages:
     def __post_init__(self):
         self.average_dtype = checked_average_dtype(self.average_dtype)
         self.jit_compile = checked_jit_compile(self.jit_compile)
+        self.device = checked_device(self.device)
         ALL.add(self)
         self.contexts = SwappedContexts(lambda: bool(self.is_swapped()), lambda: self.once(self.swap))
 
@@ -143,33 +149,22 @@ class Averages:
     def create_status(self, like: Optional[tf.Variable]) -> Status:
         """Returns the status, created where `like` lives if there is none yet."""
         if self.status is None:
-            self.status = Status(like, self._first_step, self.name)
+            self.status = Status(like, self._first_step, self.name, self.device)
         return self.status
 
     def _create_slots(self, variable: tf.Variable, kind: str) -> Slots:
         dtype = core_variables.stored_dtype(variable)
-        average_dtype = self.average_dtype_of(dtype) if kind == "average" else dtype
-        average = core_variables.create_slot(variable, average_dtype, self.name, "average")
-        has_stash = average_dtype != dtype
-        stash = core_variables.create_slot(variable, dtype, self.name, "stash") if has_stash else None
-        return Slots(variable, kind, average, stash)
-
-    def average_dtype_of(self, dtype: tf.DType) -> tf.DType:
-        """The dtype for the average of a variable of `dtype`: never narrower."""
-        requested = self.average_dtype
-        if dtype.is_complex:
-            return dtype
-        if requested is None:
-            # 8 or 11 significant bits lose most updates.
-            return tf.float32 if dtype.size < tf.float32.size else dtype
-        if requested.size == dtype.size and requested != dtype:
-            return tf.float32  # float16 and bfloat16: neither holds the other.
-        return requested if requested.size > dtype.size else dtype
+        average_dtype = dtype_of_average(dtype, self.average_dtype) if kind == "average" else dtype
+        create = functools.partial(
+            core_variables.create_slot, variable, owner=self.name, device=self.device
+        )
+        stash = create(dtype, kind="stash") if average_dtype != dtype else None
+        return Slots(variable, kind, create(average_dtype, kind="average"), stash)
 
     def needs_stash(self, variable: tf.Variable) -> bool:
         """Whether the variable's average has, or would have, another dtype."""
         dtype = core_variables.stored_dtype(variable)
-        return self.average_dtype_of(dtype) != dtype
+        return dtype_of_average(dtype, self.average_dtype) != dtype
 
     def keep_only(self, variables: Iterable[tf.Variable]) -> None:
         """Forgets the averages of all other variables; a ValueError if a traced step needs them."""
@@ -194,7 +189,12 @@ class Averages:
 
     def are_shared_by_replicas(self) -> bool:
         """Whether the replicas of the context have one set of averages between them."""
-        return self.status is not None and core_variables.is_shared_by_replicas(self.status.first_step)
+        return (
+            core_variables.in_replica_context()
+            and tf.distribute.get_strategy().num_replicas_in_sync > 1
+            and self.status is not None
+            and not core_variables.is_distributed(self.status.first_step)
+        )
 
     def once(self, work: Callable[[], Value]) -> Value:
         """Calls `work` here, or once for all replicas where they share the averages."""
@@ -377,11 +377,11 @@ class Averages:
                 f"a list in which none has one: {[variable.name for variable in variables]}"
             )
         checked = self.status.check_not_swapped(ASSIGN_WHILE_SWAPPED_ERROR)
-        with core_variables.after(checked):
-            ready = [*self.refresh(), *self.catch_up_others()]
-        with core_variables.after(checked, *ready):
+        after = core_variables.after
+        with after(checked), after(*self.refresh(), *self.catch_up_others()):
             for slots in chosen:
                 core_variables.copy(zip(components(slots.variable), components(slots.average)))
+                exchange.share(slots.variable, slots.average)
 
     # Left in the model (eager mode).
 

@@ -30,6 +30,8 @@ from tf_averaging.core.variables import after
 from tf_averaging.core.variables import all_components
 from tf_averaging.core.variables import assign
 from tf_averaging.core.variables import components
+from tf_averaging.core.variables import copy
+from tf_averaging.core.variables import is_distributed
 from tf_averaging.core.variables import read
 
 if TYPE_CHECKING:
@@ -68,7 +70,16 @@ def exchange_all(averages: Averages) -> None:
                 lambda: _done(lambda: leave_stash(stashed)),
                 lambda: _done(lambda: enter_stash(stashed)),
             )
+        for slots in averages.slots.values():
+            share(slots.variable, slots.average)
         averages.status.set_swapped(tf.logical_not(swapped))
+
+
+def share(variable: tf.Variable, average: tf.Variable) -> None:
+    """Gives all replicas the first one's value, where they have one average between them."""
+    if is_distributed(variable) and not is_distributed(average):
+        first, *others = components(variable)
+        copy((other, first) for other in others)
 
 
 # Where the average's dtype is not the variable's, neither can pass through the other without losing bits:

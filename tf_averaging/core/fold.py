@@ -74,7 +74,7 @@ def nothing(pairs: Sequence[Pair], weights: tf.Tensor) -> None:
 def copy_chosen(pairs: Sequence[Pair], weights: tf.Tensor) -> list:
     """Sets the averages whose weight is 1 to their variables, whatever they were."""
     is_one = tf.equal(weights, 1.0)
-    if is_compiled_whole() or not all(is_on_local_cpu(average) for average, _ in pairs):
+    if is_compiled_whole() or not _are_here(pairs):
         return _in_turn(
             pairs,
             list(zip([average for average, _ in pairs], tf.unstack(is_one, num=len(pairs)))),
@@ -139,7 +139,7 @@ def fold(
     plain = sorted(set(range(len(pairs))) - set(compiled))
     done = []
     if compiled:
-        chosen = [pairs[place] for place in compiled]
+        chosen = [_fetched(pairs[place]) for place in compiled]
 
         def fold_compiled(weights, *handles):
             with after(*interpolate(with_handles(chosen, handles), weights)):
@@ -224,6 +224,19 @@ def pays_to_compile(average: Component, jit_compile: Union[bool, str]) -> bool:
     return bool(jit_compile)
 
 
+def _are_here(pairs: Sequence[Pair]) -> bool:
+    """Whether one operation on a CPU of this process may use all of these variables."""
+    return all(is_on_local_cpu(a) and a.device == v.device for a, v in pairs)
+
+
+def _fetched(pair: Pair) -> Pair:
+    """The pair with the variable's value in place of its handle, where that is on another device."""
+    average, variable = pair
+    return (
+        pair if variable.device == average.device else (average, variable._replace(handle=read(variable)))
+    )
+
+
 def handles_of(pairs: Sequence[Pair]) -> List[tf.Tensor]:
     """All resource handles, pair by pair."""
     return [component.handle for pair in pairs for component in pair]
@@ -272,7 +285,7 @@ class DeviceFunctions:
         done = []
         for device, places in _by_device(pairs).items():
             group = [pairs[place] for place in places]
-            is_here = is_on_local_cpu(group[0][0])
+            is_here = _are_here(group)
             with tf.device(device):
                 inputs = [_elements(weights, places, len(pairs)), *_inputs(group, is_here)]
                 functions = [self._function(work, group, inputs) for work in works]
@@ -329,6 +342,15 @@ def is_compiled_whole() -> bool:
     """Whether XLA compiles the graph that is being built."""
     graph = tf.compat.v1.get_default_graph()
     return not tf.executing_eagerly() and control_flow_util.GraphOrParentsInXlaContext(graph)
+
+
+def check_compiles(device: Optional[str]) -> None:
+    """Refuses to build code for XLA, which runs on one device, if the averages have one of their own."""
+    if device is not None and is_compiled_whole():
+        raise RuntimeError(
+            f"XLA compiles the whole step, for one device, and `average_device` is {device!r}. Compile "
+            "the model with `jit_compile=False`, or leave `average_device` out."
+        )
 
 
 # Packed handles.

@@ -71,6 +71,7 @@ def can_wait(variable: tf.Variable, average: tf.Variable) -> bool:
     elements = first.shape.num_elements()
     return (
         first.dtype == second.dtype
+        and first.device == second.device
         and first.dtype in (tf.float32, tf.float64)
         and bool(first.shape.rank)
         and bool(elements)

@@ -19,6 +19,7 @@ that every replica counts for itself and nothing is communicated.
 
 from __future__ import annotations
 
+import functools
 import gc
 import operator
 import uuid
@@ -91,6 +92,30 @@ def checked_average_dtype(value) -> Optional[tf.DType]:
     return dtype
 
 
+def dtype_of_average(dtype: tf.DType, requested: Optional[tf.DType]) -> tf.DType:
+    """The dtype for the average of a variable of `dtype`: never narrower."""
+    if dtype.is_complex:
+        return dtype
+    if requested is None:
+        # 8 or 11 significant bits lose most updates.
+        return tf.float32 if dtype.size < tf.float32.size else dtype
+    if requested.size == dtype.size and requested != dtype:
+        return tf.float32  # float16 and bfloat16: neither holds the other.
+    return requested if requested.size > dtype.size else dtype
+
+
+def checked_device(value) -> Optional[str]:
+    if value is not None and not isinstance(value, str):
+        raise TypeError(f'Expected `average_device` to be a string such as "CPU:0". Received: {value!r}')
+    try:
+        known = value is None or tf.DeviceSpec.from_string(value).device_type is not None
+    except ValueError:
+        known = False
+    if not known:
+        raise ValueError(f'Expected `average_device` to name a device, as "CPU:0". Received: {value!r}')
+    return value
+
+
 def check_program_order() -> None:
     """Refuses graphs in which operations on variables do not run in the order of the program.
 
@@ -145,19 +170,18 @@ class Status:
         does not run.
     """
 
-    def __init__(self, like: tf.Variable, first_step: int, name: str):
-        """Creates the variables where `like` lives; their names begin with `name`."""
-        self._name = name
-        self.first_step = core_variables.create_like(
-            like, lambda: tf.constant(first_step, tf.int64), f"{name}/first_step"
-        )
-        self.swapped = core_variables.create_like(like, lambda: tf.zeros([], tf.bool), f"{name}/swapped")
+    def __init__(self, like: tf.Variable, first_step: int, name: str, device: Optional[str] = None):
+        """Creates the variables where `like` lives, or on a device; their names begin with `name`."""
+        self._name, self._create_like = name, functools.partial(core_variables.create_like, device=device)
+        first = tf.constant(first_step, tf.int64)
+        self.first_step = self._create_like(like, lambda: first, f"{name}/first_step")
+        self.swapped = self._create_like(like, lambda: tf.zeros([], tf.bool), f"{name}/swapped")
         self.guard: Optional[tf.Variable] = None
         self.section: Optional[tf.CriticalSection] = None
         if core_variables.is_on_parameter_server(core_variables.components(like)[0]):
             self.section = _create_section(self.first_step)
         else:
-            self.guard = core_variables.create_like(
+            self.guard = self._create_like(
                 like, lambda: tf.zeros([0], tf.bool), f"{name}/guard", shape=tf.TensorShape([None])
             )
         self._batches: List[_Batch] = []
@@ -219,7 +243,7 @@ class Status:
             return
         values = np.array(list(self._unplaced.values()), np.int64).T
         name = f"{self._name}/clocks_{len(self._batches)}"  # `.h5` files need names that differ.
-        clocks = core_variables.create_like(self.first_step, lambda: tf.constant(values), name)
+        clocks = self._create_like(self.first_step, lambda: tf.constant(values), name)
         places = VariableMap((variable, place) for place, variable in enumerate(self._unplaced))
         self._batches.append(_Batch(places, clocks))
         self._unplaced = VariableMap()

@@ -99,6 +99,7 @@ class Updates:
                 check_others(self.averages)
         if not self.averages:
             return take_step(gradients)
+        fold.check_compiles(self.averages.device)
         step = steps_taken()
         due = self.is_due(step, moves_weights)
         assert self.averages.status is not None

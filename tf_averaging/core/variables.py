@@ -21,6 +21,7 @@ nothing communicates, everything is legal inside a `tf.cond`, and one piece of c
 from __future__ import annotations
 
 import collections.abc
+import concurrent.futures
 import contextlib
 import dataclasses
 import functools
@@ -34,7 +35,6 @@ from typing import (
     List,
     NamedTuple,
     Optional,
-    Protocol,
     Sequence,
     Tuple,
     TypeVar,
@@ -55,7 +55,7 @@ class Component(NamedTuple):
     """One plain variable: what a replica or a device really holds.
 
     Attributes:
-      handle: scalar `tf.resource` tensor.
+      handle: scalar `tf.resource` tensor; or the value, where that was fetched from another device.
       dtype: the dtype in which the value is stored (not the one mixed precision casts it to).
       shape: static shape, possibly unknown.
       device: where the value lives, as a device string.
@@ -104,6 +104,8 @@ def _component(variable: tf.Variable) -> Component:
 
 def read(component: Component) -> tf.Tensor:
     """The value. The tensor shares the variable's buffer until one of them is written to."""
+    if component.handle.dtype != tf.resource:
+        return component.handle
     with tf.device(component.device):
         value = tf.raw_ops.ReadVariableOp(resource=component.handle, dtype=component.dtype)
     if not tf.executing_eagerly():
@@ -166,15 +168,6 @@ def has_value(variable: tf.Variable) -> bool:
     return all(tf.raw_ops.VarIsInitializedOp(resource=handle) for handle in handles)
 
 
-def is_shared_by_replicas(variable: tf.Variable) -> bool:
-    """Whether several replicas run in step here and have this one variable between them."""
-    return (
-        in_replica_context()
-        and tf.distribute.get_strategy().num_replicas_in_sync > 1
-        and not is_distributed(variable)
-    )
-
-
 # Where a value lives.
 
 
@@ -183,7 +176,8 @@ def is_remote(component: Component) -> bool:
     device = tf.DeviceSpec.from_string(component.device)
     if device.job in (None, "localhost"):
         return False
-    here = tf.DeviceSpec.from_string(_local_device(_known_devices()))
+    known_devices = tuple(device.name for device in tf.config.list_logical_devices())
+    here = tf.DeviceSpec.from_string(_local_device(known_devices))
     return (device.job, device.task) != (here.job, here.task)
 
 
@@ -199,10 +193,6 @@ def is_on_parameter_server(component: Component) -> bool:
 def is_on_local_cpu(component: Component) -> bool:
     device_type = tf.DeviceSpec.from_string(component.device).device_type
     return device_type == "CPU" and not is_remote(component)
-
-
-def _known_devices() -> Tuple[str, ...]:
-    return tuple(device.name for device in tf.config.list_logical_devices())
 
 
 @functools.lru_cache(maxsize=1)
@@ -288,16 +278,6 @@ class VariableMap(collections.abc.MutableMapping, Generic[Value]):
 # Which variables are averaged.
 
 
-class Model(Protocol):
-    """What is asked of a model that is followed."""
-
-    @property
-    def variables(self) -> Sequence: ...
-
-    @property
-    def trainable_variables(self) -> Sequence: ...
-
-
 @dataclasses.dataclass
 class VariableSelection:
     """The variables that are averaged.
@@ -315,7 +295,7 @@ class VariableSelection:
     trainable_only: bool
     tf_variables: Callable[[Iterable], List[tf.Variable]]
     trained: VariableMap[None] = dataclasses.field(default_factory=VariableMap)
-    model: Optional[Model] = None
+    model: Any = None
     is_fixed: bool = False
     given: VariableMap[None] = dataclasses.field(default_factory=VariableMap)
 
@@ -410,35 +390,59 @@ def _creation_scope(like: tf.Variable):
         yield
 
 
-def create_like(like: tf.Variable, value: Callable[[], tf.Tensor], name: str, shape=None) -> tf.Variable:
-    """Creates a variable that lives where `like` does and is the same on all replicas."""
+def _create(
+    like: tf.Variable, device: Optional[str], value: Callable[[], tf.Tensor], **options
+) -> tf.Variable:
+    """Creates a variable distributed and placed like another, or a plain one on a device.
+
+    A strategy's scope is that of a thread, and nothing public leaves one: plain ones need another thread.
+    """
+    create = functools.partial(tf.Variable, value, trainable=False, **options)
+
+    def create_on_device() -> tf.Variable:
+        with tf.device(device):
+            return create()
+
+    if device is not None:
+        if is_remote(all_components(like)[0]):
+            raise ValueError(
+                f"Expected variables of this process, since `average_device` is {device!r}. Received: "
+                f"{like.name!r} on {like.device!r}. Leave `average_device` out."
+            )
+        with concurrent.futures.ThreadPoolExecutor(1) as thread:
+            return thread.submit(create_on_device).result()
     with _creation_scope(like):
-        return tf.Variable(
-            value,
-            name=name,
-            shape=shape,
-            trainable=False,
-            aggregation=tf.VariableAggregation.ONLY_FIRST_REPLICA,
-        )
+        return create()
 
 
-def create_slot(variable: tf.Variable, dtype: tf.DType, owner: str, kind: str) -> tf.Variable:
-    """Creates a variable shaped, placed, distributed and set like `variable`, on each replica."""
+def create_like(
+    like: tf.Variable, value: Callable[[], tf.Tensor], name: str, shape=None, device: Optional[str] = None
+) -> tf.Variable:
+    """Creates a variable that is the same on all replicas, and lives where `like` does or on a device."""
+    first = tf.VariableAggregation.ONLY_FIRST_REPLICA
+    return _create(like, device, value, name=name, shape=shape, aggregation=first)
+
+
+def create_slot(
+    variable: tf.Variable, dtype: tf.DType, owner: str, kind: str, device: Optional[str] = None
+) -> tf.Variable:
+    """Creates a variable shaped, placed, distributed and set like `variable`, on each replica.
+
+    If a device is given it is a plain one there, unless each replica has a value of its own.
+    """
     sources, is_set = all_components(variable), has_value(variable)
-
-    def value() -> tf.Tensor:
-        return tf.cast(read(sources[0]), dtype) if is_set else tf.zeros(variable.shape, dtype)
-
-    with _creation_scope(variable):
-        slot = tf.Variable(
-            value,
-            name=f"{owner}/{variable.name.split(':')[0]}/{kind}",
-            shape=variable.shape,
-            dtype=dtype,
-            trainable=False,
-            synchronization=variable.synchronization,
-            aggregation=variable.aggregation,
-        )
+    on_read = tf.VariableSynchronization.ON_READ
+    differs = is_distributed(variable) and variable.synchronization == on_read
+    slot = _create(
+        variable,
+        None if differs else device,
+        lambda: tf.cast(read(sources[0]), dtype) if is_set else tf.zeros(variable.shape, dtype),
+        name=f"{owner}/{variable.name.split(':')[0]}/{kind}",
+        shape=variable.shape,
+        dtype=dtype,
+        synchronization=variable.synchronization,
+        aggregation=variable.aggregation,
+    )
     # A replica's own value, which the others need not share. Buffers are shared until one is written to.
     for target, source in zip(all_components(slot), sources if is_set else []):
         assign(target, tf.cast(read(source), dtype))

@@ -306,7 +306,8 @@ def _numbered(names: Sequence[str]):
 
 def state_of(optimizer: AveragedOptimizerWrapper) -> OptimizerState:
     """All state of an optimizer as it is now, the averages brought up to date."""
-    optimizer._create_as_restored()
+    if optimizer._checkpoint_form is not None:
+        optimizer._checkpoint_form.create_as_restored()
     state = OptimizerState(optimizer)
     if tf.executing_eagerly() and not core_variables.in_replica_context():
         state.averages.refresh()
