@@ -223,7 +223,10 @@ class AveragedOptimizerWrapper:
 
         Whatever ends the block, an exception or Ctrl-C included, leaves the weights as they were before
         it. Contexts may overlap: the weights return when the last one ends. In a graph, where no
-        exception could be caught, it is a RuntimeError. `which` and errors are as in `swap_weights`.
+        exception could be caught, it is a RuntimeError.
+
+        Args:
+          which: see `swap_weights`.
         """
         one = self._chosen(which)
         one._check_has_averages("swapped_weights")
@@ -283,8 +286,9 @@ class AveragedOptimizerWrapper:
     def _chosen(self, which: int) -> AveragedOptimizerWrapper:
         everyone, place = self._everyone(), status.checked_count("which", which, minimum=0)
         if place >= len(everyone):
-            expected = f"Expected `which` from 0 to {len(everyone) - 1}."
-            raise ValueError(f"{expected} Received: which={place} for {self}")
+            raise ValueError(
+                f"Expected `which` from 0 to {len(everyone) - 1}. Received: {place} for {self}"
+            )
         return everyone[place]
 
     def _check_has_averages(self, method: str) -> None:
@@ -311,8 +315,6 @@ class AveragedOptimizerWrapper:
     def start_was_set(self) -> bool:
         """Whether `begin_averaging` set the start, here or before the state was saved."""
         return self._averages.begins_at(status.NOT_SET) != status.NOT_SET
-
-    # State. What the inner optimizer has is known to the face.
 
     def get_slot_names(self) -> List[str]:
         """The names of this optimizer's slots: `["average"]`."""
