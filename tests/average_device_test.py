@@ -147,7 +147,7 @@ def test_keras_file_says_the_device(keras, tmp_path):
     run.model.save(tmp_path / "model.keras")
     optimizer = keras.models.load_model(tmp_path / "model.keras").optimizer
     assert optimizer.get_config()["average_device"] == DEVICE
-    loaded = [optimizer.get_average(variable) for variable in optimizer._averages.slots]
+    loaded = [optimizer.get_average(variable).numpy() for variable in optimizer._averages.slots]
     testing_utils.assert_same_bits(loaded, testing_utils.averages_of(run.optimizer, run.variables))
 
 

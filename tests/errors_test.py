@@ -128,7 +128,13 @@ def test_what_is_no_optimizer_to_wrap(wrap, rubbish, message):
             SWA, None, ValueError, "Could not interpret optimizer identifier: {}", ["no_such_optimizer"]
         ),
         *each(EMA, "average_decay", ValueError, DECAY, [-0.01, 1.01, 99, np.nan, np.inf, np.float64(2)]),
-        *each(EMA, "average_decay", TypeError, DECAY, ["0.9", True, None, [0.9], len, {"decay": 0.9}]),
+        *each(
+            EMA,
+            "average_decay",
+            TypeError,
+            DECAY,
+            ["0.9", True, None, ["0.9"], [[0.9]], [0.9, None], len, {"decay": 0.9}],
+        ),
         *every_count(),
         *each(SWA, "momentun", TypeError, "Unknown keyword arguments: .*momentun", [0.9]),
         *each(EMA, "momentun", TypeError, "Unknown keyword arguments: .*momentun", [0.9]),

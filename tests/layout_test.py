@@ -37,7 +37,8 @@ MAY_IMPORT = {
     "keras3": {"core", "saving", "faces", "kerases"},
     "kerases": set(),
     "average_checkpoints": {"kerases"},
-    "faces": {"kerases", "keras2", "keras3"},
+    "side_by_side": {"core"},
+    "faces": {"kerases", "keras2", "keras3", "side_by_side"},
 }
 
 

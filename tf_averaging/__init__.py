@@ -25,9 +25,11 @@ from tf_averaging import schedules
 from tf_averaging.average_checkpoints import average_checkpoints
 from tf_averaging.averaged_model import averaged_model
 from tf_averaging.averaged_optimizer_wrapper import AveragedOptimizerWrapper
+from tf_averaging.averaging_optimizer import averaging_optimizer
 from tf_averaging.batch_norm import update_batch_norm
 from tf_averaging.exponential_moving_average import ExponentialMovingAverage
-from tf_averaging.faces import averaging_optimizer
+from tf_averaging.post_hoc_average import post_hoc_average
+from tf_averaging.post_hoc_ema import PostHocEMA
 from tf_averaging.stochastic_weight_averaging import SWA
 from tf_averaging.version import VERSION
 
@@ -37,10 +39,12 @@ __all__ = [
     "SWA",
     "AveragedOptimizerWrapper",
     "ExponentialMovingAverage",
+    "PostHocEMA",
     "average_checkpoints",
     "averaged_model",
     "averaging_optimizer",
     "callbacks",
+    "post_hoc_average",
     "schedules",
     "update_batch_norm",
 ]

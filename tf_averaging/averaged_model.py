@@ -21,9 +21,10 @@ from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 import tensorflow as tf
 
-from tf_averaging import faces
 from tf_averaging import kerases
 from tf_averaging.averaged_optimizer_wrapper import AveragedOptimizerWrapper
+from tf_averaging.averaging_optimizer import check_averages
+from tf_averaging.averaging_optimizer import find_averaging_optimizer
 from tf_averaging.core import variables as core_variables
 
 
@@ -71,7 +72,7 @@ def averaged_model(
             "`averaged_model` cannot be called in a graph. Call it between calls of the `tf.function`, "
             "in a callback for example."
         )
-    found = faces.find_averaging_optimizer(optimizer or model)
+    found = find_averaging_optimizer(optimizer or model)
     if found is None:
         raise ValueError(
             "Expected an averaging optimizer, such as `tf_averaging.ExponentialMovingAverage(...)`, as "
@@ -89,8 +90,8 @@ def averaged_model(
     twins = _matching(result, model)
     found._unclaimed.check()
     if found.has_shadow_copy:  # Until then the averages are the weights.
-        faces.check_averages(found, model)
-    for twin, variable in zip(twins, _variables(model)):
+        check_averages(found, model)
+    for twin, variable in zip(twins, variables_of(model)):
         average = _average(found, variable)
         if average is None:
             _copy(twin, variable)
@@ -162,7 +163,7 @@ def _finalize_adapted(clone) -> None:
             layer.finalize_state()
 
 
-def _variables(model) -> List[Any]:
+def variables_of(model) -> List[Any]:
     """The model's variables, layer by layer.
 
     `model.variables` of tf_keras has trainable ones first within each layer that is made of others, so
@@ -181,14 +182,14 @@ def _variables(model) -> List[Any]:
 
 def _matching(target, model) -> List[Any]:
     """The variables of `target`, which must be like those of `model`."""
-    found, expected = ([_shape_and_dtype(v) for v in _variables(m)] for m in (target, model))
+    found, expected = ([_shape_and_dtype(v) for v in variables_of(m)] for m in (target, model))
     if found != expected:
         difference = next((pair for pair in zip(expected, found) if pair[0] != pair[1]), None)
         raise ValueError(
             f"Expected a `target` with variables like the model's {len(expected)}. Received one that has "
             f"{len(found)}; first difference in shape and dtype, the model's first: {difference}"
         )
-    return _variables(target)
+    return variables_of(target)
 
 
 def _components(variable) -> List[core_variables.Component]:

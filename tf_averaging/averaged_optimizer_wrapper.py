@@ -21,14 +21,11 @@ import numpy as np
 import tensorflow as tf
 
 from tf_averaging import faces
+from tf_averaging import side_by_side
+from tf_averaging.core import status
 from tf_averaging.core import variables as core_variables
 from tf_averaging.core.averages import Averages
-from tf_averaging.core.status import NOT_SET
-from tf_averaging.core.status import check_program_order
-from tf_averaging.core.status import checked_count
-from tf_averaging.core.status import checked_jit_compile
 from tf_averaging.core.updates import Updates
-from tf_averaging.core.variables import as_written
 from tf_averaging.saving import arrays
 from tf_averaging.saving import checkpoints
 from tf_averaging.saving.unclaimed import Unclaimed
@@ -80,13 +77,15 @@ class AveragedOptimizerWrapper:
         inner optimizer has `use_ema=True`.
     """
 
+    # The argument of the constructor that may be a list: one average is kept for each element then.
+    one_average_for_each: Optional[str] = None
     # The predecessors of the class, whose checkpoints hold averages of the same kind.
     _predecessors: Tuple[str, ...] = ()
+    _others = side_by_side.Others()
     _is_ready = False
     _checkpoint_form: Optional[checkpoints.CheckpointForm] = None
 
-    def __new__(cls, optimizer=None, *args, **kwargs):
-        del args, kwargs
+    def __new__(cls, optimizer=None, *_args, **_kwargs):
         return super().__new__(faces.class_around(cls, optimizer))
 
     def __init__(
@@ -105,13 +104,14 @@ class AveragedOptimizerWrapper:
         if not isinstance(name, str):
             raise TypeError(f"Expected `name` to be a string. Received: name={name!r}")
         averages = Averages(average_dtype, jit_compile, name, average_device)
-        period = None if average_period is None else checked_count("average_period", average_period, 1)
+        if average_period is not None:
+            average_period = status.checked_count("average_period", average_period, minimum=1)
         updates = Updates(
             averages,
             Unclaimed(averages),
             core_variables.VariableSelection(trainable_weights_only, self._may_be_averaged),
-            checked_count("start_averaging", start_averaging, minimum=0),
-            period,
+            status.checked_count("start_averaging", start_averaging, minimum=0),
+            average_period,
             self.averaging_weight,
             self.average_op if faces.overrides(type(self), "average_op") else None,
         )
@@ -147,9 +147,7 @@ class AveragedOptimizerWrapper:
         """
         return self._updates.interpolate(var, average_var)
 
-    # The averages.
-
-    @as_written
+    @core_variables.as_written
     def shadow_copy(self, model_or_variables: Any) -> None:
         """Creates the averages now. For trainable weights this is optional: the first step does it.
 
@@ -166,15 +164,18 @@ class AveragedOptimizerWrapper:
             selection.model = model_or_variables
         else:
             expected = "Expected a model or a list of variables."
-            selection.fix(self._checked_variables(model_or_variables, expected))
+            model_or_variables = self._checked_variables(model_or_variables, expected)
+            selection.fix(model_or_variables)
         self._averages.create(selection)
+        for other in self._others.optimizers:
+            other.shadow_copy(model_or_variables)
 
     @property
     def has_shadow_copy(self) -> bool:
         """Whether the averages have been created."""
         return len(self._averages) > 0
 
-    @as_written
+    @core_variables.as_written
     def update_average(self, weight: Optional[float] = None) -> None:
         """Folds the current weights into the averages by hand, due or not; counts as an update.
 
@@ -184,8 +185,7 @@ class AveragedOptimizerWrapper:
         Raises:
           ValueError: if there are no averages yet or `weight` is out of range.
         """
-        self._check_has_averages("update_average")
-        self._updates.by_hand(weight, tf.maximum(self._steps_taken() - 1, 0))
+        side_by_side.update_by_hand(self, weight)
 
     def reset_averages(self, var_list: Optional[Sequence[tf.Variable]] = None) -> None:
         """Forgets: the averages are the current weights again, and their clocks start anew.
@@ -198,53 +198,64 @@ class AveragedOptimizerWrapper:
           RuntimeError: if the weights are swapped.
         """
         given = None if var_list is None else self._checked_variables(var_list)
-        self._averages.reset(None if given is None else core_variables.averageable(given))
+        for one in (side_by_side.in_model(self) or self, *self._everyone()):  # The first one may refuse.
+            one._averages.reset(None if given is None else core_variables.averageable(given))
 
-    @as_written
-    def swap_weights(self) -> None:
+    @core_variables.as_written
+    def swap_weights(self, which: int = 0) -> None:
         """Exchanges weights and averages in place; a second call brings them back, bit for bit.
 
         It works under every strategy, in its scope or outside, eagerly, in a `tf.function` and in a
         replica context (on all replicas), but not where XLA compiles. It takes neither time nor memory,
         unless the averages have another dtype than the weights.
 
-        Raises:
-          ValueError: if there are no averages yet.
-        """
-        self._check_has_averages("swap_weights")
-        self._averages.once(self._averages.swap)
+        Args:
+          which: of several averages, the place in the list of the one to exchange.
 
-    def swapped_weights(self) -> ContextManager[AveragedOptimizerWrapper]:
+        Raises:
+          ValueError: if there are no averages yet, or `which` is out of range.
+        """
+        one = side_by_side.chosen(self, which)
+        one._check_has_averages("swap_weights")
+        one._averages.once(one._averages.swap)
+
+    def swapped_weights(self, which: int = 0) -> ContextManager[AveragedOptimizerWrapper]:
         """A context in which the model holds the averages; `as` gives the optimizer.
 
         Whatever ends the block, an exception or Ctrl-C included, leaves the weights as they were before
         it. Contexts may overlap: the weights return when the last one ends. In a graph, where no
         exception could be caught, it is a RuntimeError.
+
+        Args:
+          which: see `swap_weights`.
         """
-        self._check_has_averages("swapped_weights")
-        self._updates.warn_if_empty(self._steps_taken())
-        return self._averages.swapped(self)
+        one = side_by_side.chosen(self, which)
+        one._check_has_averages("swapped_weights")
+        one._updates.warn_if_empty(self._steps_taken())
+        return one._averages.swapped(self)
 
     @property
     def weights_swapped(self) -> Union[bool, tf.Tensor]:
         """Whether weights and averages are exchanged now: a bool, in graphs a scalar bool tensor."""
-        swapped = self._averages.is_swapped()
+        swapped = tf.reduce_any([one._averages.is_swapped() for one in self._everyone()])
         return bool(swapped) if tf.executing_eagerly() else swapped
 
-    @as_written
-    def get_average(self, var: tf.Variable) -> tf.Tensor:
+    @core_variables.as_written
+    def get_average(self, var: tf.Variable, which: int = 0) -> tf.Tensor:
         """The average of `var`, whether the weights are swapped or not.
 
         Args:
           var: a variable of the model.
+          which: of several averages, the place in the list of the one to read.
 
         Returns:
           A tensor shaped like `var`, in the average's dtype.
 
         Raises:
           KeyError: if `var` has no average.
+          ValueError: if `which` is out of range.
         """
-        return self._averages.read(*self._tf_variables([var]))
+        return side_by_side.chosen(self, which)._averages.read(*self._tf_variables([var]))
 
     @property
     def num_averaged(self) -> tf.Tensor:
@@ -256,31 +267,35 @@ class AveragedOptimizerWrapper:
         """Large tables of which a step updates the averages of those rows alone that it moves."""
         return [variable for variable, _ in self._averages.waiting()]
 
-    @as_written
-    def assign_average_vars(self, var_list: Sequence[tf.Variable]) -> None:
+    @core_variables.as_written
+    def assign_average_vars(self, var_list: Sequence[tf.Variable], which: int = 0) -> None:
         """Overwrites variables with their averages; those that have none are left alone.
 
         Args:
           var_list: variables of the model.
+          which: of several averages, the place in the list of the one to use.
 
         Raises:
-          ValueError: if no variable in `var_list` has an average.
+          ValueError: if no variable in `var_list` has an average, or `which` is out of range.
           tf.errors.InvalidArgumentError: if the weights are swapped: the averages are in the model.
         """
-        self._check_has_averages("assign_average_vars")
-        self._updates.warn_if_empty(self._steps_taken())
+        one = side_by_side.chosen(self, which)
+        one._check_has_averages("assign_average_vars")
+        one._updates.warn_if_empty(self._steps_taken())
         variables = core_variables.averageable(self._checked_variables(var_list))
-        self._averages.once(lambda: self._averages.assign(variables))
+        with core_variables.after(*side_by_side.check_not_swapped(self, for_assignment=True)):
+            one._averages.once(lambda: one._averages.assign(variables))
+
+    def _everyone(self) -> Tuple[AveragedOptimizerWrapper, ...]:
+        return (self, *self._others.optimizers)  # Those that keep averages side by side.
 
     def _check_has_averages(self, method: str) -> None:
-        check_program_order()
+        status.check_program_order()
         if self._unclaimed.saved:
             self._unclaimed.check()
         if not self._averages:
-            raise ValueError(
-                f"`{method}` needs averages, and none exist yet. Expected a training step or "
-                "`shadow_copy(model)` before."
-            )
+            expected = "Expected a training step or `shadow_copy(model)` before."
+            raise ValueError(f"`{method}` needs averages, and none exist yet. {expected}")
 
     def begin_averaging(self, step: int) -> None:
         """Makes `step` the first one that is averaged, in place of a `start_averaging` of 0.
@@ -291,14 +306,13 @@ class AveragedOptimizerWrapper:
         Args:
           step: int >= 0.
         """
-        self._updates.begin(checked_count("step", step, minimum=0))
+        for one in self._everyone():
+            one._updates.begin(status.checked_count("step", step, minimum=0))
 
     @property
     def start_was_set(self) -> bool:
         """Whether `begin_averaging` set the start, here or before the state was saved."""
-        return self._averages.begins_at(NOT_SET) != NOT_SET
-
-    # State. What the inner optimizer has is known to the face.
+        return self._averages.begins_at(status.NOT_SET) != status.NOT_SET
 
     def get_slot_names(self) -> List[str]:
         """The names of this optimizer's slots: `["average"]`."""
@@ -336,42 +350,25 @@ class AveragedOptimizerWrapper:
         arrays.load(self, store)
 
     def __getattr__(self, name: str):
-        # For what is not found in the usual way: the inner optimizer's settings.
-        if name == "inner_optimizer":
-            raise AttributeError("Expected a call of `super().__init__(optimizer, ...)` before.")
-        if name.startswith("_"):
-            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        return getattr(self.inner_optimizer, name)
+        return faces.get_of_inner(self, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if isinstance(getattr(type(self), name, None), property):
             object.__setattr__(self, name, value)  # Keras would look at the old value first.
-        elif name.startswith("_") or name in ("name", "built") or not hasattr(self.inner_optimizer, name):
+        elif name.startswith("_") or name in ("name", "built") or not faces.is_setting(self, name):
             super().__setattr__(name, value)
         elif self._is_ready:  # Before that it is Keras's constructor, which sets defaults.
             faces.set_on_inner(self, name, value)
 
     # The form in a checkpoint. TensorFlow asks for it by these names.
 
-    def _form(self) -> checkpoints.CheckpointForm:
-        """The form in checkpoints, made when one first asks."""
-        form = self._checkpoint_form or checkpoints.CheckpointForm(self)
-        object.__setattr__(self, "_checkpoint_form", form)
-        return form
-
-    def _trackable_children(self, save_type="checkpoint", **kwargs):
-        if save_type == "savedmodel":
-            return self._saved_model_children()
-        return self._form().children(self._tracked_attributes(save_type, **kwargs))
+    _trackable_children = checkpoints.trackable_children
+    _create_or_restore_slot_variable = checkpoints.create_or_restore_slot_variable
 
     def _lookup_dependency(self, name, cached_dependencies=None):
         if self._checkpoint_form is None:
             return super()._lookup_dependency(name, cached_dependencies)  # type: ignore[misc]
-        return self._checkpoint_form.look_up(name, self._tracked_attributes())
-
-    def _tracked_attributes(self, save_type="checkpoint", **kwargs):
-        # Not the Keras base class's: it would answer from a copy made when it was first asked.
-        return tf.__internal__.tracking.AutoTrackable._trackable_children(self, save_type, **kwargs)
+        return self._checkpoint_form.look_up(name)
 
     @property
     def _deferred_dependencies(self):
@@ -379,22 +376,19 @@ class AveragedOptimizerWrapper:
             return super()._deferred_dependencies  # type: ignore[misc]
         return self._checkpoint_form.unmatched
 
-    def _create_or_restore_slot_variable(self, slot_variable_position, slot_name, variable, **kwargs):
-        return self._form().create_or_restore_slot(slot_variable_position, slot_name, variable, **kwargs)
-
     def __dir__(self):
         # What savers look through. The inner optimizer and the averages are saved with this one, once.
         return set(super().__dir__()) - {"get_slot_names", "inner_optimizer", "_inner_optimizer"}
 
     def get_config(self) -> Dict[str, Any]:
         """The constructor's arguments, ready for JSON."""
-        settings = ("average_period", "trainable_weights_only", "average_dtype", "jit_compile")
+        settings = ("average_period", "trainable_weights_only", "average_dtype", "average_device")
         return {
             **super().get_config(),  # type: ignore[misc]
             "optimizer": self._serialize_inner(),
             "name": self.name,
-            "average_device": self._averages.device,
             "start_averaging": self._updates.start,
+            "jit_compile": self.jit_compile,
             **{name: getattr(self, name) for name in settings},
         }
 
@@ -429,8 +423,12 @@ class AveragedOptimizerWrapper:
     @property
     def average_dtype(self) -> Optional[str]:
         """The name of the dtype asked for the averages, None for the default."""
-        dtype = self._averages.average_dtype
-        return None if dtype is None else dtype.name
+        return getattr(self._averages.average_dtype, "name", None)
+
+    @property
+    def average_device(self) -> Optional[str]:
+        """The device asked for the averages, None for that of the weights."""
+        return self._averages.device
 
     @property
     def jit_compile(self) -> Union[bool, str]:
@@ -440,11 +438,13 @@ class AveragedOptimizerWrapper:
     @jit_compile.setter
     def jit_compile(self, value: Union[bool, str]) -> None:
         if self._is_ready:  # Keras's constructor sets one of its own.
-            self._averages.jit_compile = checked_jit_compile(value)
+            self._averages.jit_compile = status.checked_jit_compile(value)
 
     def __repr__(self) -> str:
         names = f"{type(self).__name__} around {type(self.inner_optimizer).__name__}"
-        return f"<{names}: num_averaged={self.num_averaged}, swapped={self.weights_swapped}>"
+        return (
+            f"<{names}: {self._others}num_averaged={self.num_averaged}, swapped={self.weights_swapped}>"
+        )
 
     def __reduce__(self):
         return faces.rebuild, (type(self).__mro__[1], self.get_config())

@@ -24,9 +24,12 @@ from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Se
 import tensorflow as tf
 from absl import logging
 
-from tf_averaging import faces
 from tf_averaging import kerases
+from tf_averaging import side_by_side
 from tf_averaging.averaged_optimizer_wrapper import AveragedOptimizerWrapper
+from tf_averaging.averaging_optimizer import averaging_optimizer
+from tf_averaging.averaging_optimizer import check_averages
+from tf_averaging.averaging_optimizer import find_averaging_optimizer
 from tf_averaging.core import variables as core_variables
 from tf_averaging.core.averages import Averages
 from tf_averaging.core.status import averages_of
@@ -110,7 +113,7 @@ def update_batch_norm(
         raise TypeError(
             f"Expected `forward` to be a function of the model and a batch. Received: {forward!r}"
         )
-    given = None if optimizer is None else faces.averaging_optimizer(optimizer)
+    given = None if optimizer is None else averaging_optimizer(optimizer)
     parts: List[Any] = list(model._flatten_layers())
     layers: List[Any] = [part for part in parts if isinstance(part, classes)]
     if not layers:
@@ -156,11 +159,11 @@ def update_batch_norm(
 
 def _averages(model, optimizer: Optional[AveragedOptimizerWrapper]) -> Optional[Averages]:
     """The averages of the model's weights; None if there are none."""
-    known = optimizer or faces.find_averaging_optimizer(model)
+    known = optimizer or find_averaging_optimizer(model)
     if known is not None:
         if optimizer is not None and optimizer.has_shadow_copy:
-            faces.check_averages(optimizer, model)
-        return known._averages
+            check_averages(optimizer, model)
+        return (side_by_side.in_model(known) or known)._averages
     variables = list(map(kerases.tf_variable, model.variables))
     if any(averages.is_swapped() for averages in averages_of(variables)):
         gc.collect()  # Those that nobody can reach will not be swapped back.

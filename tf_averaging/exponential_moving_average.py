@@ -47,11 +47,23 @@ class ExponentialMovingAverage(averaged_optimizer_wrapper.AveragedOptimizerWrapp
     >>> print(weight.numpy().round(2), optimizer.get_slot(weight, "average").numpy().round(2))
     [0.6 1.6] [0.75 1.75]
 
+    Several decays give several averages. The first is the one that everything uses where nothing else is
+    said; `which` is the place of another one in the list:
+
+    >>> optimizer = tfav.ExponentialMovingAverage(
+    ...     tf_keras.optimizers.SGD(2.0), average_decay=[0.5, 0.75], dynamic_decay=False)
+    >>> weight = tf.Variable(1.0)
+    >>> _ = optimizer.apply_gradients([(tf.constant(2.0), weight)])
+    >>> with optimizer.swapped_weights(which=1):
+    ...     print(weight.numpy())
+    0.0
+
     Args:
       optimizer: the inner optimizer; see `AveragedOptimizerWrapper`.
       trainable_weights_only: see `AveragedOptimizerWrapper`.
       average_decay: float from 0 to 1; or a `LearningRateSchedule` that gives the decay for `s`, which
-        then replaces `dynamic_decay`. Its values must lie between 0 and 1.
+        then replaces `dynamic_decay`. Its values must lie between 0 and 1. Or a list of these, for an
+        average of each.
       start_step: int >= 0, the first step that is averaged.
       dynamic_decay: whether the decay warms up.
       name: name of the optimizer.
@@ -59,10 +71,12 @@ class ExponentialMovingAverage(averaged_optimizer_wrapper.AveragedOptimizerWrapp
         updates by hand alone; default 1) and others; see `AveragedOptimizerWrapper`.
 
     Raises:
-      TypeError: if `average_decay` is neither a number nor a schedule; see `AveragedOptimizerWrapper`.
+      TypeError: if `average_decay` is neither a number nor a schedule nor a list of them; see
+        `AveragedOptimizerWrapper`.
       ValueError: if `average_decay` is not from 0 to 1; see `AveragedOptimizerWrapper`.
     """
 
+    one_average_for_each = "average_decay"
     _predecessors = ("MovingAverage", "ExponentialMovingAverage")
 
     def __init__(
@@ -107,8 +121,8 @@ class ExponentialMovingAverage(averaged_optimizer_wrapper.AveragedOptimizerWrapp
 
     @property
     def average_decay(self) -> Any:
-        """The decay, or the schedule that gives it."""
-        return self._average_decay
+        """The decay, or the schedule that gives it; of several averages the list."""
+        return list(self._others.values) or self._average_decay
 
     @property
     def start_step(self) -> Union[int, tf.Tensor]:
@@ -137,11 +151,16 @@ class ExponentialMovingAverage(averaged_optimizer_wrapper.AveragedOptimizerWrapp
     @classmethod
     def from_config(cls, config: Dict[str, Any], custom_objects: Optional[Dict[str, Any]] = None):
         """Creates the optimizer that `get_config` described; see `AveragedOptimizerWrapper`."""
-        if isinstance(config.get("average_decay"), dict):
-            schedule = faces.read_config(
-                kerases.deserialize_schedule, config["average_decay"], custom_objects
-            )
-            config = {**config, "average_decay": schedule}
+
+        def read(decay: Any) -> Any:
+            if not isinstance(decay, dict):
+                return decay
+            return faces.read_config(kerases.deserialize_schedule, decay, custom_objects)
+
+        decay = config.get("average_decay")
+        if isinstance(decay, (dict, list)):
+            decays = [read(one) for one in decay] if isinstance(decay, list) else read(decay)
+            config = {**config, "average_decay": decays}
         return super().from_config(config, custom_objects)
 
 

@@ -30,6 +30,7 @@ from typing import Any, Dict, List, Optional
 import numpy as np
 
 from tf_averaging import kerases
+from tf_averaging import side_by_side
 
 # What a wrapper's constructor passes on. One home for each: the inner optimizer.
 CLIPPING = ("clipnorm", "clipvalue", "global_clipnorm")
@@ -61,9 +62,37 @@ def _class(scheme: type, keras_name: str) -> type:
         )
     face = _face(keras_name)
     attributes = {name: getattr(scheme, name) for name in ("__module__", "__qualname__", "__doc__")}
+    attributes.update(_methods_for_lists(scheme))
     cls = type(scheme)(scheme.__name__, (scheme, face), attributes)
     _register_as(scheme, cls, face.keras)
     return cls
+
+
+def _methods_for_lists(scheme: Any) -> Dict[str, Any]:
+    """What lets an argument of a scheme's constructor be a list; see `side_by_side`."""
+    argument = scheme.one_average_for_each
+    if argument is None:
+        return {}
+    signature = inspect.signature(scheme.__init__)
+
+    @functools.wraps(scheme.__init__)
+    def __init__(self, *args, **kwargs):
+        bound = signature.bind(self, *args, **kwargs)
+        bound.apply_defaults()
+        arguments: Dict[str, Any] = {}
+        for name, value in list(bound.arguments.items())[1:]:
+            is_rest = signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD
+            arguments.update(value if is_rest else {name: value})
+        if isinstance(arguments.get(argument), (list, tuple)):
+            side_by_side.construct(self, scheme, arguments, (*SETTINGS, "lr"))
+        else:
+            scheme.__init__(self, *args, **kwargs)
+
+    def get_config(self):
+        config = scheme.get_config(self)
+        return side_by_side.merged(self, config) if self._others.optimizers else config
+
+    return {"__init__": __init__, "get_config": get_config}
 
 
 @functools.cache
@@ -127,55 +156,6 @@ def _register_with(keras: Any, scheme: type) -> None:
 def rebuild(scheme: Any, config: Dict[str, Any]):
     """Creates a copied or unpickled optimizer. As Keras does with models, from its config."""
     return scheme.from_config(config)
-
-
-def find_averaging_optimizer(model_or_optimizer: Any) -> Optional[Any]:
-    """The outermost averaging optimizer in a compiled model or an optimizer; None if there is none."""
-    found = model_or_optimizer
-    while found is not None and not hasattr(type(found), "keras_name"):
-        found = getattr(found, "inner_optimizer", None) or getattr(found, "optimizer", None)
-    return found
-
-
-def averaging_optimizer(model_or_optimizer: Any) -> Any:
-    """Finds the averaging optimizer, which may be inside a LossScaleOptimizer.
-
-    >>> model = tf.keras.Sequential([tf.keras.Input([2]), tf.keras.layers.Dense(1)])
-    >>> inner = tfav.SWA(tf.keras.optimizers.SGD())
-    >>> model.compile(tf.keras.mixed_precision.LossScaleOptimizer(inner), "mse")
-    >>> tfav.averaging_optimizer(model) is inner
-    True
-
-    Args:
-      model_or_optimizer: a compiled model, or an optimizer.
-
-    Returns:
-      The outermost averaging optimizer.
-
-    Raises:
-      ValueError: if there is none.
-    """
-    found = find_averaging_optimizer(model_or_optimizer)
-    if found is None:
-        is_model = isinstance(model_or_optimizer, kerases.bases("Model"))
-        optimizer = getattr(model_or_optimizer, "optimizer", None if is_model else model_or_optimizer)
-        raise ValueError(
-            "The model's optimizer keeps no averages. Expected one that does around the optimizer that "
-            "trains: `model.compile(tf_averaging.ExponentialMovingAverage(optimizer), ...)` or "
-            "`tf_averaging.SWA(optimizer)`. Those inside a `MultiOptimizer` are not looked for: put one "
-            f"around it. Received a model compiled with: {optimizer!r}"
-        )
-    return found
-
-
-def check_averages(optimizer: Any, model: Any) -> None:
-    """Refuses an averaging optimizer that averages none of the model's variables."""
-    slots = optimizer._averages.slots
-    if not any(kerases.tf_variable(variable) in slots for variable in model.variables):
-        raise ValueError(
-            "Expected the optimizer that averages the model's weights. Received one that has averages of "
-            f"other variables only: {optimizer!r}"
-        )
 
 
 # The Keras of the inner optimizer, and the optimizer that a config means.
@@ -402,6 +382,23 @@ def _shown(value: Any) -> str:
 
 
 # What the faces have in common.
+
+
+def get_of_inner(optimizer: Any, name: str) -> Any:
+    """What an averaging optimizer does not have itself: a setting of the inner optimizer."""
+    if name == "inner_optimizer":
+        raise AttributeError("Expected a call of `super().__init__(optimizer, ...)` before.")
+    if name.startswith("_"):
+        raise AttributeError(f"{type(optimizer).__name__!r} object has no attribute {name!r}")
+    return getattr(optimizer.inner_optimizer, name)
+
+
+def is_setting(optimizer: Any, name: str) -> bool:
+    """Whether it is an attribute of the inner optimizer. One inside the same scheme has its own."""
+    inner = optimizer.inner_optimizer
+    while type(inner) is type(optimizer):
+        inner = inner.inner_optimizer
+    return hasattr(inner, name)
 
 
 def set_on_inner(optimizer: Any, name: str, value: Any) -> None:

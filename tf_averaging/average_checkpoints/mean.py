@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import uuid
 import warnings
 from typing import Any, Iterable, Iterator, List, Optional, Sequence, Tuple, Type, Union
 
@@ -25,6 +24,7 @@ import numpy as np
 import tensorflow as tf
 
 from tf_averaging import kerases
+from tf_averaging.average_checkpoints import whole_files
 from tf_averaging.average_checkpoints.formats import Format
 from tf_averaging.average_checkpoints.formats import format_of
 
@@ -90,10 +90,10 @@ def average_checkpoints(
         for file in files:
             _check_like(file, last)
         for file in files:
-            with _reading(file.path):
+            with whole_files.reading(file.path):
                 file.check()
         _warn_of_averages(files)
-        with _directory_beside(output) as directory:
+        with whole_files.directory_beside(output) as directory:
             complete = os.path.join(directory, os.path.basename(output))
             last.write(complete, _means(files, weights, verbose))
             form.move(complete, output)
@@ -118,7 +118,7 @@ def _mean(files: Sequence[Format], weights: Sequence[float], name: str) -> np.nd
         for file, weight in zip(files, weights):
             if not weight:
                 continue
-            with _reading(file.path):
+            with whole_files.reading(file.path):
                 total += np.multiply(file.read(name), weight, dtype=total.dtype)
         # Divided in the end: the mean of equal values is then exactly this value.
         total /= sum(weights)
@@ -193,35 +193,9 @@ def _warn_of_averages(files: Sequence[Format]) -> None:
     warnings.warn(message, stacklevel=3)
 
 
-# Files.
-
-
 @contextlib.contextmanager
 def _opened(form: Type[Format], path: str) -> Iterator[Format]:
-    with _reading(path):
+    with whole_files.reading(path):
         file = form(path)
     with contextlib.closing(file):
         yield file
-
-
-@contextlib.contextmanager
-def _reading(path: str) -> Iterator[None]:
-    """A context in which errors say which file is broken. Each library has its own for that."""
-    try:
-        yield
-    except Exception as error:
-        raise ValueError(
-            f"Cannot read {path!r}. Expected a complete file as its suffix says. {error}"
-        ) from error
-
-
-@contextlib.contextmanager
-def _directory_beside(output: str) -> Iterator[str]:
-    """A new directory where files can be moved to the output from at once."""
-    parent, name = os.path.split(output)
-    directory = os.path.join(parent, f".{name}.{uuid.uuid4().hex}")
-    tf.io.gfile.makedirs(directory)
-    try:
-        yield directory
-    finally:
-        tf.io.gfile.rmtree(directory)

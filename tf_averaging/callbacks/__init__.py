@@ -15,6 +15,7 @@
 
 from tf_averaging.callbacks.average_model_checkpoint import AverageModelCheckpoint
 from tf_averaging.callbacks.evaluate_raw_weights import EvaluateRawWeights
+from tf_averaging.callbacks.save_averages import SaveAverages
 from tf_averaging.callbacks.swap_average_weights import SwapAverageWeights
 
-__all__ = ["AverageModelCheckpoint", "EvaluateRawWeights", "SwapAverageWeights"]
+__all__ = ["AverageModelCheckpoint", "EvaluateRawWeights", "SaveAverages", "SwapAverageWeights"]

@@ -18,9 +18,10 @@ from __future__ import annotations
 import contextlib
 from typing import Any, Callable, ContextManager, Dict, Iterator, Optional
 
-from tf_averaging import faces
 from tf_averaging import kerases
+from tf_averaging import side_by_side
 from tf_averaging.averaged_optimizer_wrapper import AveragedOptimizerWrapper
+from tf_averaging.averaging_optimizer import averaging_optimizer
 
 _CALLBACKS = kerases.bases("callbacks.Callback")
 
@@ -34,7 +35,7 @@ class AveragingCallback(*_CALLBACKS):  # type: ignore[misc]
         self.params: Dict[str, Any] = {}  # A custom loop may not set any.
         # What tf_keras asks: nothing here reads logs, so there is no reason to wait for their values.
         self._supports_tf_logs = True
-        self._given_optimizer = None if optimizer is None else faces.averaging_optimizer(optimizer)
+        self._given_optimizer = None if optimizer is None else averaging_optimizer(optimizer)
 
     @property
     def model(self):
@@ -51,7 +52,7 @@ class AveragingCallback(*_CALLBACKS):  # type: ignore[misc]
         """The averaging optimizer: the one given, or the one in the model's optimizer."""
         if self._given_optimizer is not None:
             return self._given_optimizer
-        return faces.averaging_optimizer(self.model)
+        return averaging_optimizer(self.model)
 
 
 class SavesAverages:
@@ -82,20 +83,21 @@ class SavesAverages:
 
 def hold(optimizer: AveragedOptimizerWrapper, averages: bool) -> None:
     """Makes the model hold the averages, or the raw weights."""
+    swapped = side_by_side.in_model(optimizer)  # Of several averages any one.
     # Before there are averages they are the weights.
-    if optimizer.has_shadow_copy and optimizer.weights_swapped != averages:
-        optimizer.swap_weights()
+    if optimizer.has_shadow_copy and (swapped is not None) != averages:
+        (swapped or optimizer).swap_weights()
 
 
 @contextlib.contextmanager
 def holding(optimizer: AveragedOptimizerWrapper, averages: bool) -> Iterator[None]:
     """A context in which the model holds the averages, or the raw weights; then what it held before."""
-    before = bool(optimizer.weights_swapped)
+    before = side_by_side.in_model(optimizer)
     hold(optimizer, averages)
     try:
         yield
     finally:
-        hold(optimizer, before)
+        hold(before or optimizer, averages=before is not None)
 
 
 def check_data(name: str, data: Any, steps_name: str, steps: Optional[int]) -> None:

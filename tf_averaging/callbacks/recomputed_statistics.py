@@ -19,8 +19,8 @@ import contextlib
 from typing import Any, Iterator, Optional
 
 from tf_averaging import batch_norm
-from tf_averaging import faces
 from tf_averaging.averaged_optimizer_wrapper import AveragedOptimizerWrapper
+from tf_averaging.averaging_optimizer import find_averaging_optimizer
 from tf_averaging.callbacks import averaging_callback
 from tf_averaging.core.status import checked_count
 
@@ -60,7 +60,7 @@ class RecomputedStatistics:
             now = self._checksum(averages)
             if now != self._known:
                 # Another optimizer than the one that the model is compiled with must be named.
-                is_compiled = faces.find_averaging_optimizer(model) is optimizer
+                is_compiled = find_averaging_optimizer(model) is optimizer
                 options: Any = {} if is_compiled else {"optimizer": optimizer}
                 batch_norm.update_batch_norm(model, self._data, self._steps, verbose=0, **options)
                 self._known = self._checksum(averages)

@@ -229,6 +229,8 @@ class SwapAverageWeights(averaging_callback.AveragingCallback):
     def _take_up(self, loaded: str) -> bool:
         starts_anew = self.optimizer._averages.take_up()
         if starts_anew:
+            for other in self.optimizer._others.optimizers:
+                other._averages.start_over()
             logging.warning(
                 "Weights were loaded into the model %s. "
                 "Training goes on from them, and the averages start anew from them.",

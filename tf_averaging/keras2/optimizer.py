@@ -75,7 +75,7 @@ class Keras2Face(tf_keras.optimizers.Optimizer):
     @property
     def inner_optimizer(self) -> Any:
         """The optimizer that takes the steps."""
-        return self._inner_optimizer
+        return (self, *self._others.optimizers)[-1]._inner_optimizer
 
     # Training.
 
@@ -394,7 +394,7 @@ class Keras2Face(tf_keras.optimizers.Optimizer):
         return [loss_scale.current_loss_scale, loss_scale.counter] if loss_scale else []
 
     def _serialize_inner(self) -> Dict[str, Any]:
-        return tf_keras.optimizers.serialize(self._inner_optimizer)
+        return tf_keras.optimizers.serialize(self.inner_optimizer)
 
     def _restore_target(self, position: Any, is_of_predecessor: bool):
         """What the node of an inner optimizer in a checkpoint is to be restored into."""

@@ -78,7 +78,7 @@ class Keras3Face(keras.optimizers.Optimizer):
     @property
     def inner_optimizer(self) -> Any:
         """The optimizer that takes the steps."""
-        return self._inner_optimizer
+        return (self, *self._others.optimizers)[-1]._inner_optimizer
 
     # Steps.
 
@@ -345,7 +345,7 @@ class Keras3Face(keras.optimizers.Optimizer):
         return []
 
     def _serialize_inner(self) -> Dict[str, Any]:
-        return keras.optimizers.serialize(self._inner_optimizer)
+        return keras.optimizers.serialize(self.inner_optimizer)
 
     def _restore_target(self, position: Any, is_of_predecessor: bool):
         """What the node of an inner optimizer in a checkpoint is to be restored into."""

@@ -23,7 +23,7 @@ from __future__ import annotations
 import collections
 import json
 import warnings
-from typing import TYPE_CHECKING, Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import TYPE_CHECKING, Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 import tensorflow as tf
@@ -63,7 +63,7 @@ class OptimizerState:
         self.averages.order(self.selection.in_order())
         # The last `inner_slots` of them are one for each trained variable, once or several times.
         self.inner, self.inner_slots = optimizer._inner_state()
-        self.nested: Optional[Averages] = getattr(optimizer.inner_optimizer, "_averages", None)
+        self.nested = list(_nested(optimizer))
         self.unclaimed = optimizer._unclaimed
         self.own: List[tf.Variable] = optimizer._own_variables()
         self.trained: List[tf.Variable] = list(self.selection.trained)
@@ -118,9 +118,7 @@ class OptimizerState:
                 for slots, average, clock in zip(averaged, values, clock_of)
             ]
         else:  # The last ones may be stashes.
-            saved = [
-                SavedAverage(as_number(value), None, clock) for value, clock in zip(values, clock_of)
-            ]
+            saved = [SavedAverage(as_number(v), None, clock) for v, clock in zip(values, clock_of)]
         self._assign(self.inner + self.own, checked)
         self.averages.set_status(*head[:2], like=self.trained[0] if self.trained else None)
         if averaged:
@@ -176,13 +174,11 @@ class OptimizerState:
         scale = self.loss_scale if "loss_scale_0" in _keys(store) else []
         checked_scale = all_checked([store[f"loss_scale_{i}"] for i in range(len(scale))], scale)
         saved = self._saved_averages(store, arrays[first:last], moved)
-
         if saved is None:
             self.averages.start_over()
         else:
             self._load_averages(*saved, bool(np.asarray(store["is_fixed_set"])))
-        self._assign(self.inner + self.own, checked)
-        self._assign(scale, checked_scale)
+        self._assign(self.inner + self.own + scale, checked + checked_scale)
         if about.get("scheme", self.schemes[0]) not in self.schemes:
             predecessors.warn_of_other_scheme(about["scheme"], self.schemes[0])
 
@@ -197,8 +193,7 @@ class OptimizerState:
         if indices.dtype.kind != "i" or indices.ndim != 1:
             raise ValueError(f"Expected a vector of indices. Received: {indices!r}")
         places = [moved[place] if 0 <= place < len(moved) else place for place in indices.tolist()]
-        has_stash = np.asarray(store["has_stash"])
-        head_length = _head_length(arrays)
+        has_stash, head_length = np.asarray(store["has_stash"]), _head_length(arrays)
         known = [place for place in places if place >= 0]
         if (
             has_stash.shape != (len(places),)
@@ -244,10 +239,10 @@ class OptimizerState:
 
         Version 0.1 and a model built anew have other names. The order is what they have in common then.
         """
-        names_now = list(map(self.name_of, self.trained))
-        if sorted(names) != sorted(names_now):
-            return list(range(len(names_now)))
-        place_now = {name: place for place, name in enumerate(_numbered(names_now))}
+        now = list(map(self.name_of, self.trained))
+        if sorted(names) != sorted(now):
+            return list(range(len(now)))
+        place_now = {name: place for place, name in enumerate(_numbered(now))}
         return [place_now[name] for name in _numbered(names)]
 
     def _with_slots_moved(self, arrays: List[Any], moved: Sequence[int]) -> List[Any]:
@@ -280,8 +275,15 @@ class OptimizerState:
     def _assign(self, variables: Sequence[tf.Variable], arrays: Sequence[np.ndarray]) -> None:
         for variable, array in zip(variables, arrays):
             variable.assign(tf.cast(array, variable.dtype))
-        if self.nested is not None and self.nested.status is not None:
-            self.nested.set_swapped(bool(self.nested.is_swapped()))  # The guard is not among them.
+        for nested in self.nested:
+            nested.set_swapped(bool(nested.is_swapped()))  # The guard is not among them.
+
+
+def _nested(optimizer: Any) -> Iterator[Averages]:
+    """The averages of the averaging optimizers inside this one."""
+    while hasattr(optimizer := optimizer._inner_optimizer, "_averages"):
+        if optimizer._averages.status is not None:
+            yield optimizer._averages
 
 
 def _values(kept: Sequence[Any]) -> List[Any]:
@@ -316,9 +318,8 @@ def state_of(optimizer: AveragedOptimizerWrapper) -> OptimizerState:
 
 def save(optimizer: AveragedOptimizerWrapper, store) -> None:
     """Writes the state to a `.keras` file's store (a mapping from names to arrays)."""
-    state = state_of(optimizer)
-    has_others = len(state.averages) > len(state.averages.averaged())
-    if has_others and not bool(state.averages.is_swapped()):  # Else they are in the file.
+    state, averages = state_of(optimizer), optimizer._averages
+    if len(averages) > len(averages.averaged()) and not averages.is_swapped():  # Else the file has them.
         warnings.warn(
             "Statistics that were recomputed for the averages (`update_batch_norm`) are kept by "
             "`tf.train.Checkpoint` only. From this file the model gets the raw weights' own; save inside "
@@ -331,8 +332,7 @@ def save(optimizer: AveragedOptimizerWrapper, store) -> None:
 def load(optimizer: AveragedOptimizerWrapper, store) -> None:
     """Reads the state from a `.keras` file's store; warns of one that does not fit."""
     if not store.keys():
-        message = f"The file holds no state for optimizer {optimizer.name!r}, which is left as it is."
-        warnings.warn(message, stacklevel=3)
+        warnings.warn(f"The file has no state for {optimizer.name!r}. It stays as it is.", stacklevel=3)
         return
     try:
         _check_claims(store)

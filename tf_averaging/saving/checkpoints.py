@@ -73,16 +73,17 @@ class CheckpointForm:
         self.create_as_restored()
         children = {name: child for name, child in attributes.items() if name != "_variables"}
         children["own_variables"] = attributes.get("_variables")
-        children["inner_optimizer"] = self._optimizer.inner_optimizer
+        children["inner_optimizer"] = self._optimizer._inner_optimizer
         children["averages"] = self.node
         return {name: child for name, child in children.items() if child is not None}
 
-    def look_up(self, name: str, attributes: Dict[str, Any]):
+    def look_up(self, name: str):
         """The child to restore into, None for what `_take_unmatched` restores."""
         if name in predecessors.NAMES or name == "inner_optimizer":
             return None
         if name == "averages":
             return self.node
+        attributes = _tracked_attributes(self._optimizer)
         return attributes.get("_variables" if name == "own_variables" else name)
 
     def _take_unmatched(self, name: str, position: positions.Position) -> bool:
@@ -100,7 +101,7 @@ class CheckpointForm:
         optimizer = self._optimizer
         owner = positions.Owner(
             position,
-            lambda item: item is optimizer or getattr(item, "inner_optimizer", None) is optimizer,
+            lambda item: item is optimizer or positions.optimizer_inside(item) is optimizer,
         )
         if owner.children:  # Otherwise this is done.
             self._restored = predecessors.restore(owner, optimizer, self.node)
@@ -134,7 +135,7 @@ class CheckpointForm:
             with contextlib.nullcontext() if strategy is None else strategy.scope():
                 optimizer.build(variables)
         elif (
-            inner is optimizer.inner_optimizer
+            inner is optimizer._inner_optimizer
             and self._warned_of is not position
             and optimizer._inner_waits()
         ):
@@ -151,7 +152,32 @@ class CheckpointForm:
         if not hasattr(type(item), "trainable_variables") or isinstance(item, type(self._optimizer)):
             return False
         compiled = getattr(item, "optimizer", None)
-        return self._optimizer in (compiled, getattr(compiled, "inner_optimizer", None))
+        return self._optimizer in (compiled, positions.optimizer_inside(compiled))
+
+
+# Methods of an averaging optimizer, which TensorFlow asks for by these names.
+
+
+def _form(optimizer: AveragedOptimizerWrapper) -> CheckpointForm:
+    """The form in checkpoints, made when one first asks."""
+    form = optimizer._checkpoint_form or CheckpointForm(optimizer)
+    object.__setattr__(optimizer, "_checkpoint_form", form)
+    return form
+
+
+def trackable_children(optimizer, save_type="checkpoint", **kwargs):
+    if save_type == "savedmodel":
+        return optimizer._saved_model_children()
+    return _form(optimizer).children(_tracked_attributes(optimizer, save_type, **kwargs))
+
+
+def create_or_restore_slot_variable(optimizer, slot_variable_position, slot_name, variable, **kwargs):
+    return _form(optimizer).create_or_restore_slot(slot_variable_position, slot_name, variable, **kwargs)
+
+
+def _tracked_attributes(optimizer, save_type="checkpoint", **kwargs) -> Dict[str, Any]:
+    # Not the Keras base class's: it would answer from a copy made when it was first asked.
+    return tf.__internal__.tracking.AutoTrackable._trackable_children(optimizer, save_type, **kwargs)
 
 
 class AveragesNode(tf.__internal__.tracking.Trackable):
@@ -181,11 +207,11 @@ class AveragesNode(tf.__internal__.tracking.Trackable):
         self._start = start
         self._tf_variables = tf_variables
         self._schemes = schemes
-        self._scheme = _Value(lambda: tf.constant(schemes[0]))
+        self._scheme = positions.Value(lambda: tf.constant(schemes[0]))
         self._sharded_slots: Dict[str, VariableMap[ShardedVariable]] = {
             name: VariableMap() for name in self.SLOT_NAMES
         }
-        self._clock_slots: VariableMap[_Value] = VariableMap()
+        self._clock_slots: VariableMap[positions.Value] = VariableMap()
         self._unmatched = positions.Unmatched(self._take_unmatched)
         # Values of the status that came before there was one, by name.
         self._pending: Dict[str, positions.Position] = {}
@@ -200,8 +226,7 @@ class AveragesNode(tf.__internal__.tracking.Trackable):
 
     # What is saved.
 
-    def _trackable_children(self, save_type="checkpoint", **kwargs):
-        del kwargs
+    def _trackable_children(self, save_type="checkpoint", **_kwargs):
         # Asynchronous checkpoints come here on a thread of their own, to save copies, while training
         # goes on: the averages must be left alone then.
         is_here = threading.get_ident() == self._thread or not self._is_copied
@@ -248,9 +273,10 @@ class AveragesNode(tf.__internal__.tracking.Trackable):
             kept[variable.variables[0]] = ShardedVariable(shards)
         return kept[variable.variables[0]]
 
-    def _clock_slot(self, variable: tf.Variable) -> _Value:
+    def _clock_slot(self, variable: tf.Variable) -> positions.Value:
         if variable not in self._clock_slots:
-            self._clock_slots[variable] = _Value(lambda: self._averages.status.clock_value(variable))
+            status = self._averages.status
+            self._clock_slots[variable] = positions.Value(lambda: status.clock_value(variable))
         return self._clock_slots[variable]
 
     # What is restored.
@@ -327,7 +353,6 @@ class AveragesNode(tf.__internal__.tracking.Trackable):
         self, slot_variable_position, slot_name, variable, slot_variable_shape=None
     ):
         """Returns the slot to restore into, created if need be; None if nothing is left to restore."""
-        del slot_variable_shape  # Always the variable's.
         if slot_name not in self.SLOT_NAMES:
             return None
         (variable,) = self._tf_variables([variable])
@@ -385,8 +410,7 @@ class AveragesNode(tf.__internal__.tracking.Trackable):
         _assign(average, value)
         return average
 
-    def _kind_of(self, variable: tf.Variable) -> str:
-        """The kind of the slot of a variable; of a sharded one, all shards have the same."""
+    def _kind_of(self, variable: tf.Variable) -> str:  # All shards have the same.
         return self._averages.slots[averageable([variable])[0]].kind
 
     def _clock_in(self, owner: positions.Owner) -> Clock:
@@ -420,28 +444,6 @@ class AveragesNode(tf.__internal__.tracking.Trackable):
             for slot in (self.get_slot(variable, kind), self.get_slot(variable, "stash")):
                 if slot is not None:
                     _assign(slot, value)
-
-
-class _Value(tf.__internal__.tracking.Trackable):
-    """What is no variable, but saved like one: the clock of one average, the name of the scheme.
-
-    Args:
-      value: returns it, a tensor.
-    """
-
-    def __init__(self, value: Callable[[], tf.Tensor]):
-        self._value = value
-
-    def _serialize_to_tensors(self):
-        return {positions.VALUE: self._value()}
-
-    def _restore_from_tensors(self, restored_tensors):
-        raise NotImplementedError("The node of the averages restores it.")
-
-    def _copy_trackable_to_cpu(self, object_map):
-        if self not in object_map:
-            object_map[self] = tf.Variable(self._value(), trainable=False)
-        object_map[self].assign(self._value())
 
 
 def _assign(slot: tf.Variable, value: tf.Tensor) -> None:

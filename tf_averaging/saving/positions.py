@@ -218,3 +218,30 @@ def dtypes_differ(position: Position, variable: tf.Variable) -> bool:
 def restored_together_with(position: Position) -> List[Any]:
     """The objects of the program that the restore of `position` has met so far."""
     return list(position.checkpoint.all_python_objects)
+
+
+class Value(tf.__internal__.tracking.Trackable):
+    """What is no variable, but saved like one: the clock of one average, the name of the scheme.
+
+    Args:
+      value: returns it, a tensor.
+    """
+
+    def __init__(self, value: Callable[[], tf.Tensor]):
+        self._value = value
+
+    def _serialize_to_tensors(self):
+        return {VALUE: self._value()}
+
+    def _restore_from_tensors(self, restored_tensors):
+        raise NotImplementedError("The node of the averages restores it.")
+
+    def _copy_trackable_to_cpu(self, object_map):
+        if self not in object_map:
+            object_map[self] = tf.Variable(self._value(), trainable=False)
+        object_map[self].assign(self._value())
+
+
+def optimizer_inside(optimizer: object) -> Any:
+    """The next optimizer inside an averaging optimizer or a LossScaleOptimizer; None for others."""
+    return getattr(optimizer, "_inner_optimizer", None) or getattr(optimizer, "inner_optimizer", None)
