@@ -15,9 +15,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import tempfile
-from typing import Any, Dict, Iterator, List, Optional, Tuple
+from typing import Any, Dict, List, Optional, Tuple
 
 import tensorflow as tf
 
@@ -112,8 +111,8 @@ def _average(optimizer: AveragedOptimizerWrapper, variable):
 
 def _clone(model):
     try:
-        with model.distribute_strategy.scope(), _uncompiled(model):
-            clone = kerases.of(model).models.clone_model(model)
+        with model.distribute_strategy.scope():
+            clone = kerases.of(model).models.clone_model(_uncompiled(model))
             if not clone.built:
                 clone.build_from_config(model.get_build_config())
         _copy_adapted(model, clone)
@@ -126,21 +125,18 @@ def _clone(model):
         ) from error
 
 
-@contextlib.contextmanager
-def _uncompiled(model) -> Iterator[None]:
-    """A context in which Keras 3 takes the model for one that is not compiled.
+def _uncompiled(model):
+    """The model, or for Keras 3 a second object with all that it has, which says that it is not compiled.
 
     It would compile the clone of a compiled one, with a second optimizer and all its state. tf_keras does
-    not, and has no such attribute.
+    not, and has no such attribute. The model itself is left alone: it may be in training on another
+    thread.
     """
-    compiled = getattr(model, "compiled", False)
-    if compiled:
-        model.compiled = False
-    try:
-        yield
-    finally:
-        if compiled:
-            model.compiled = compiled
+    if not getattr(model, "compiled", False):
+        return model
+    view = object.__new__(type(model))
+    vars(view).update(vars(model), compiled=False)
+    return view
 
 
 def _copy_adapted(model, clone) -> None:

@@ -283,7 +283,9 @@ class AveragedOptimizerWrapper:
         one._check_has_averages("assign_average_vars")
         one._updates.warn_if_empty(self._steps_taken())
         variables = core_variables.averageable(self._checked_variables(var_list))
-        with core_variables.after(*side_by_side.check_not_swapped(self, for_assignment=True)):
+        with core_variables.after(
+            *side_by_side.check_not_swapped(self, status.ASSIGN_WHILE_SWAPPED_ERROR)
+        ):
             one._averages.once(lambda: one._averages.assign(variables))
 
     def _everyone(self) -> Tuple[AveragedOptimizerWrapper, ...]:

@@ -22,10 +22,10 @@ from __future__ import annotations
 import inspect
 from typing import Any, Collection, Dict, List, NamedTuple, Optional, Tuple
 
+import numpy as np
 import tensorflow as tf
 
-from tf_averaging.core.status import ASSIGN_WHILE_SWAPPED_ERROR
-from tf_averaging.core.status import SWAPPED_ERROR
+from tf_averaging.core.status import UPDATE_WHILE_SWAPPED_ERROR
 from tf_averaging.core.status import checked_count
 from tf_averaging.core.variables import after
 
@@ -62,19 +62,20 @@ def in_model(optimizer: Any) -> Optional[Any]:
     return next((one for one in optimizer._everyone() if one._averages.is_swapped()), None)
 
 
-def check_not_swapped(optimizer: Any, for_assignment: bool = False) -> list:
+def check_not_swapped(optimizer: Any, message: str) -> list:
     """Fails if any averages of an optimizer are in the model; in graphs the operations that do so."""
-    message = ASSIGN_WHILE_SWAPPED_ERROR if for_assignment else SWAPPED_ERROR
     everyone = [one._averages.status for one in optimizer._everyone()]
     return [status.check_not_swapped(message) for status in everyone if status is not None]
 
 
-def update_by_hand(optimizer: Any, weight: Optional[float]) -> None:
+def update_by_hand(optimizer: Any, weight: Any) -> None:
     """Folds the current weights into all averages, or into none if some are in the model."""
+    if not (weight is None or isinstance(weight, (int, float, np.number)) or tf.is_tensor(weight)):
+        raise TypeError(f"Expected `weight` to be a number. Received: weight={weight!r}")
     for one in optimizer._everyone():
         one._check_has_averages("update_average")
     step = tf.maximum(optimizer._steps_taken() - 1, 0)
-    with after(*check_not_swapped(optimizer)):
+    with after(*check_not_swapped(optimizer, UPDATE_WHILE_SWAPPED_ERROR)):
         for one in optimizer._everyone():
             one._updates.by_hand(weight, step)
 

@@ -135,7 +135,7 @@ class AverageModelCheckpoint(averaging_callback.AveragingCallback):
 
     def on_train_begin(self, logs=None):
         """Creates the averages."""
-        self.optimizer.shadow_copy(self.model)
+        averaging_callback.follow(self.optimizer, self.model)
         if self.update_weights and self.params.get("swap_on_epoch"):
             raise ValueError(
                 "With `SwapAverageWeights(swap_on_epoch=True)` the averages are in the model when it is "

@@ -22,6 +22,7 @@ from tf_averaging import kerases
 from tf_averaging import side_by_side
 from tf_averaging.averaged_optimizer_wrapper import AveragedOptimizerWrapper
 from tf_averaging.averaging_optimizer import averaging_optimizer
+from tf_averaging.averaging_optimizer import find_averaging_optimizer
 
 _CALLBACKS = kerases.bases("callbacks.Callback")
 
@@ -79,6 +80,18 @@ class SavesAverages:
         if name in ("_model", "_averages_in_model") or name.startswith("__"):
             raise AttributeError(name)
         return getattr(self._model, name)
+
+
+def follow(optimizer: AveragedOptimizerWrapper, model: Any) -> None:
+    """Has the optimizer average the model's variables.
+
+    One that the model is not compiled with may train a part of it alone, as in a GAN. It averages what it
+    was told to, or what it trains.
+    """
+    selection = optimizer._updates.selection
+    is_told = selection.is_fixed or selection.model is not None or selection.trainable_only
+    if find_averaging_optimizer(model) is optimizer or not is_told:
+        optimizer.shadow_copy(model)
 
 
 def hold(optimizer: AveragedOptimizerWrapper, averages: bool) -> None:

@@ -15,7 +15,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Optional, Union
+from typing import Any, Dict, Optional, Union
 
 from tf_averaging.averaged_optimizer_wrapper import AveragedOptimizerWrapper
 from tf_averaging.callbacks import averaging_callback
@@ -87,6 +87,10 @@ class EvaluateRawWeights(averaging_callback.AveragingCallback):
             "callbacks": callbacks,
             **kwargs,
         }
+
+    def __deepcopy__(self, memo: Dict[int, Any]) -> EvaluateRawWeights:
+        # KerasTuner copies callbacks for each trial. A `tf.data.Dataset` cannot be copied.
+        return EvaluateRawWeights(**self._arguments, optimizer=self._given_optimizer)
 
     def on_train_begin(self, logs=None):
         """Looks for the averaging optimizer."""

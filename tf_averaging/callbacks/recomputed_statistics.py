@@ -16,7 +16,7 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Any, Iterator, Optional
+from typing import Any, Dict, Iterator, Optional
 
 from tf_averaging import batch_norm
 from tf_averaging.averaged_optimizer_wrapper import AveragedOptimizerWrapper
@@ -41,6 +41,10 @@ class RecomputedStatistics:
         # when other averages are loaded, it comes to the same numbers again.
         self._known: Optional[int] = None
         self._has_warned = False
+
+    def __deepcopy__(self, memo: Dict[int, Any]) -> RecomputedStatistics:
+        # KerasTuner copies callbacks for each trial. A `tf.data.Dataset` cannot be copied.
+        return RecomputedStatistics(self._data, self._steps)
 
     def recompute(self, model, optimizer: AveragedOptimizerWrapper) -> None:
         """Brings the statistics up to date; afterwards the model holds what it did before.
@@ -76,13 +80,14 @@ class RecomputedStatistics:
         """
         averages, updates = optimizer._averages, int(optimizer.num_averaged)
         before = averages.exchanged_at
-        if self._has_warned:
-            averages.exchanged_at = updates
-        self._has_warned = self._has_warned or updates > before > 0
+        during = averages.exchanged_at = updates if self._has_warned else before
+        have_statistics = len(averages.slots) > len(averages.averaged())
+        self._has_warned = self._has_warned or (have_statistics and updates > before >= 0)
         try:
             yield
         finally:
-            averages.exchanged_at = before
+            if averages.exchanged_at == during:  # Otherwise they were recomputed meanwhile.
+                averages.exchanged_at = before
 
     @staticmethod
     def _checksum(averages) -> int:

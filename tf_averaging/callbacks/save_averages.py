@@ -75,7 +75,7 @@ class SaveAverages(averaging_callback.AveragingCallback):
                 "Expected a `PostHocEMA`, whose averages can be combined afterwards, as `optimizer`, or "
                 f"as what the model is compiled with. Received: {self.optimizer!r}"
             )
-        self.optimizer.shadow_copy(self.model)
+        averaging_callback.follow(self.optimizer, self.model)
         self._unsaved_batches = self._saved_updates = 0
 
     def on_epoch_begin(self, epoch, logs=None):

@@ -26,6 +26,7 @@ from tf_averaging.callbacks import averaging_callback
 from tf_averaging.callbacks.inner_callbacks import InnerCallbacks
 from tf_averaging.callbacks.recomputed_statistics import RecomputedStatistics
 from tf_averaging.core.status import NEVER
+from tf_averaging.core.status import NOT_SET
 from tf_averaging.core.status import checked_count
 
 
@@ -208,10 +209,21 @@ class SwapAverageWeights(averaging_callback.AveragingCallback):
 
     def on_train_begin(self, logs=None):
         """Creates the averages, returns to the raw weights, checks `begin_epoch`."""
-        self.optimizer.shadow_copy(self.model)
+        averaging_callback.follow(self.optimizer, self.model)
         self._starts_anew = self._take_up("after a `fit` that had left the averages in it")
+        if self.optimizer.weights_swapped and self.optimizer._averages.left is None:
+            logging.warning(
+                "The model held the averages when training began, by `swap_weights()` or from a file. "
+                "Training goes on from the raw weights. Weights that were loaded since then count as the "
+                "averages: to train from them, load them after `swap_weights()`."
+            )
         self._rest(averages=False)
         self._first_epoch = True
+        if self.begin_epoch and self.optimizer.average_period is None:
+            raise ValueError(
+                "Expected updates by hand alone (`average_period=None`) or `begin_epoch`, not both. "
+                f"Received: begin_epoch={self.begin_epoch}"
+            )
         if self.begin_epoch and self.optimizer.start_averaging and not self.optimizer.start_was_set:
             raise ValueError(
                 "Expected a start in steps or `begin_epoch`, not both. Received: "
@@ -259,6 +271,8 @@ class SwapAverageWeights(averaging_callback.AveragingCallback):
         if self.swap_on_epoch:
             self._recompute()
         self._rest(averages=self.swap_on_epoch)
+        if self.swap_on_epoch:
+            self.optimizer._averages.leave()  # Training may be broken off here.
         self._tell("on_epoch_end", epoch, logs)
 
     def on_train_end(self, logs=None):
@@ -305,7 +319,7 @@ class SwapAverageWeights(averaging_callback.AveragingCallback):
         if self._before_evaluation is None:
             self._before_evaluation = self.optimizer.weights_swapped
         if self.optimizer.has_shadow_copy:  # Some that were loaded may wait to be told of the model.
-            self.optimizer.shadow_copy(self.model)
+            averaging_callback.follow(self.optimizer, self.model)
         self._recompute()
         averaging_callback.hold(self.optimizer, averages=True)
 
@@ -326,6 +340,11 @@ class SwapAverageWeights(averaging_callback.AveragingCallback):
         optimizer = self.optimizer
         step = int(optimizer.iterations.numpy())
         if self.begin_epoch:
+            is_empty = optimizer.num_averaged == 0 and optimizer.start_averaging <= step
+            if is_empty and epoch < self.begin_epoch:
+                # Reset, or begun anew from weights that were loaded.
+                for one in optimizer._everyone():
+                    one._averages.begin(NOT_SET)
             if optimizer.start_averaging == 0:
                 optimizer.begin_averaging(NEVER)
             # A step that was traced before may know another start. From here on it looks it up.
@@ -336,7 +355,8 @@ class SwapAverageWeights(averaging_callback.AveragingCallback):
         if optimizer.num_averaged == 0 and step > start:
             logging.warning(
                 "After %d steps, averaging having started at step %d, the optimizer holds no averages, "
-                "as after loading a model without them. They start from the weights as they are now.",
+                "as after a reset, or loading a model without them. They start from the weights as they "
+                "are now.",
                 step,
                 start,
             )

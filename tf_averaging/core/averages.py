@@ -229,10 +229,6 @@ class Averages:
         """Whether each average holds an update (eager mode)."""
         return not self.averaged() or bool(tf.reduce_all(self.status.updates() > 0))
 
-    def have_values(self) -> bool:
-        """Whether the variables have values that averages can begin from (eager mode)."""
-        return all(core_variables.has_value(variable) for variable in self.slots)
-
     def refresh(self) -> List[tf.Tensor]:
         """Brings the averages up to date; returns what must run before they are used."""
         return [*self.follow_weights(), *self.catch_up()]
@@ -283,14 +279,17 @@ class Averages:
             in_slot = tf.convert_to_tensor(slots.average) if rows is None else rows.value()
             return tf.where(self.is_swapped(), in_model, in_slot)
 
+    def _forget_rows(self, variable: tf.Variable) -> None:
+        rows = self.rows.get(variable)
+        if rows is not None:
+            rows.forget()
+
     def load(self, slots: Slots, average: Any, stash: Optional[Any], clock: Clock) -> None:
         """Sets the slots of one variable to arrays, and its clock (eager mode)."""
         slots.average.assign(tf.cast(average, slots.average.dtype))
         if slots.stash is not None and stash is not None:
             slots.stash.assign(tf.cast(stash, slots.stash.dtype))
-        rows = self.rows.get(slots.variable)
-        if rows is not None:
-            rows.forget()
+        self._forget_rows(slots.variable)
         self.status.set_clock(slots.variable, clock)
 
     def set_status(self, swapped: bool, first_step: int, like: Optional[tf.Variable] = None) -> None:
@@ -351,7 +350,7 @@ class Averages:
     def swap(self) -> None:
         """Exchanges weights and averages. Ctrl-C finds either all variables exchanged or none."""
         refreshed = [*check_others(self), *self.refresh(), *self.catch_up_others()]
-        exchange.warn_if_stale(self)
+        exchange.warn_of_strangers(self)
         self.left = None
         if tf.executing_eagerly() and not core_variables.in_replica_context():
             exchange.finish(lambda: exchange.exchange_all(self))
@@ -362,10 +361,8 @@ class Averages:
     def swapped(self, value: Value) -> SwappedContext[Value]:
         """A context in which the model holds the averages, and whose `as` gives `value`."""
         if not tf.executing_eagerly():
-            raise RuntimeError(
-                "`swapped_weights` cannot guard what a graph does. Use it around the call of the "
-                "`tf.function`, or call `swap_weights` twice in it."
-            )
+            error = "`swapped_weights` cannot guard what a graph does: call the `tf.function` in it."
+            raise RuntimeError(error)
         return SwappedContext(self.contexts, value)
 
     def assign(self, variables: Sequence[tf.Variable]) -> None:
@@ -377,8 +374,10 @@ class Averages:
                 f"a list in which none has one: {[variable.name for variable in variables]}"
             )
         checked = self.status.check_not_swapped(ASSIGN_WHILE_SWAPPED_ERROR)
-        after = core_variables.after
-        with after(checked), after(*self.refresh(), *self.catch_up_others()):
+        with (
+            core_variables.after(checked),
+            core_variables.after(*self.refresh(), *self.catch_up_others()),
+        ):
             for slots in chosen:
                 core_variables.copy(zip(components(slots.variable), components(slots.average)))
                 exchange.share(slots.variable, slots.average)
@@ -435,15 +434,14 @@ class Averages:
         """
         if self.status is None:
             return
+        self.exchanged_at = 0
         chosen = list(self.slots.values()) if variables is None else [self.slots[v] for v in variables]
         for slots in chosen:
             for slot in (slots.average, slots.stash):
                 if slot is not None:
                     parts = map(core_variables.all_components, (slot, slots.variable))
                     core_variables.copy(zip(*parts))
-            rows = self.rows.get(slots.variable)
-            if rows is not None:
-                rows.forget()
+            self._forget_rows(slots.variable)
             if variables is not None and slots.kind == "average":
                 self.status.set_clock(slots.variable, Clock())
         if variables is None:

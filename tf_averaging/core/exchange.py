@@ -142,9 +142,22 @@ def uncompiled():
     return tf.xla.experimental.jit_scope(compile_ops=False)
 
 
-def warn_if_stale(averages: Averages) -> None:
-    """Warns if values that are exchanged with the averages were made for others (eager mode)."""
-    if not tf.executing_eagerly() or len(averages.slots) == len(averages.averaged()):
+def warn_of_strangers(averages: Averages) -> None:
+    """Warns if values are going to be exchanged that do not belong to the averages (eager mode)."""
+    if not tf.executing_eagerly():
+        return
+    if averages.left is not None and averages.is_swapped() and not averages.is_as_left():
+        warnings.warn(
+            "Weights were loaded into the model while it held the averages. They take the place of the "
+            "averages now, and the raw weights from before come back. To train from what was loaded, "
+            "load it after the swap.",
+            stacklevel=6,
+        )
+    _warn_if_stale(averages)
+
+
+def _warn_if_stale(averages: Averages) -> None:
+    if len(averages.slots) == len(averages.averaged()):
         return
     updates = int(averages.num_averaged())
     if averages.exchanged_at == NOT_SET:  # They come from a file, which does not say.
@@ -154,7 +167,7 @@ def warn_if_stale(averages: Averages) -> None:
             f"The statistics that `update_batch_norm` recomputed are those of averages with "
             f"{averages.exchanged_at} updates, and the averages hold {updates} by now. Call "
             "`update_batch_norm` again while they are in the model.",
-            stacklevel=6,
+            stacklevel=7,
         )
 
 

@@ -51,6 +51,12 @@ ASSIGN_WHILE_SWAPPED_ERROR = (
     "slots: they would be lost. Call `swap_weights()` first."
 )
 
+UPDATE_WHILE_SWAPPED_ERROR = (
+    "The averages are in the model (`weights_swapped` is True), so an update by hand now would fold them "
+    "into the weights. Call `swap_weights()` first, or `update_average` outside of `swapped_weights()`; "
+    "in a callback, outside of `SwapAverageWeights(callbacks=...)` and before it."
+)
+
 SWAPPED_BY_ANOTHER_ERROR = (
     "The averages of another averaging optimizer are in variables that this one averages too: it would "
     "take them for weights, and swaps that interleave bring back the wrong ones. Call `swap_weights()` "

@@ -119,9 +119,9 @@ class Updates:
         return result
 
     def by_hand(self, weight: Any, step: tf.Tensor) -> None:
-        """Updates the averages now, as for the step after `step` others, or with a weight (number).
+        """Updates the averages, which must not be in the model, as for the step after `step` others.
 
-        If there are no other updates, each one counts as a step.
+        `weight` (number) may replace the scheme's. If all updates are by hand, each counts as a step.
         """
         checked = None if weight is None else _check_in_range(weight)
         averaging_weight = (
@@ -132,11 +132,10 @@ class Updates:
         average_op = self.average_op if weight is None else None
 
         def update() -> None:
-            checks = [checked, self.averages.status.check_not_swapped()]
             if weight is None:
                 self._first_update_forgets()
             # All rows: weights that are loaded before each update count as a whole.
-            with after(*checks), after(*self._begin_now(True), *self.averages.catch_up()):
+            with after(checked), after(*self._begin_now(True), *self.averages.catch_up()):
                 self._fold(True, step, averaging_weight, average_op, _Moving())
 
         self.averages.once(update)
@@ -223,7 +222,7 @@ class Updates:
             return []
         with tf.init_scope():
             averages.refresh()
-            is_done = averages.have_values()
+            is_done = all(map(core_variables.has_value, averages.slots))
         # The others' first weight is 1, which `average_op` knows nothing of.
         is_done = is_done and (self.average_op is None or not any(self._not_among(trained)))
         if is_done and (due is True or self._follows_weights()):
