@@ -252,7 +252,7 @@ class AveragedOptimizerWrapper:
     @property
     def sparse_variables(self) -> List[tf.Variable]:
         """Large tables of which a step updates the averages of those rows alone that it moves."""
-        return [variable for variable, _ in self._averages.waiting()]
+        return [variable for variable, rows in self._averages.waiting() if not rows.is_held]
 
     @as_written
     def assign_average_vars(self, var_list: Sequence[tf.Variable]) -> None:

@@ -288,8 +288,7 @@ class Averages:
         slots.average.assign(tf.cast(average, slots.average.dtype))
         if slots.stash is not None and stash is not None:
             slots.stash.assign(tf.cast(stash, slots.stash.dtype))
-        rows = self.rows.get(slots.variable)
-        if rows is not None:
+        if rows := self.rows.get(slots.variable):
             rows.forget()
         self.status.set_clock(slots.variable, clock)
 
@@ -333,6 +332,8 @@ class Averages:
 
     def catch_up_others(self) -> List[tf.Tensor]:
         """The same for other averages of these variables, which are going to change."""
+        if tf.executing_eagerly() and not any(averages.waiting() for averages in list(ALL)):
+            return []  # It takes time to look for those of the same variables.
         return [done for other in others(self) for done in other.catch_up()]
 
     def hold(self, variables: Iterable[tf.Variable]) -> None:
@@ -441,8 +442,7 @@ class Averages:
                 if slot is not None:
                     parts = map(core_variables.all_components, (slot, slots.variable))
                     core_variables.copy(zip(*parts))
-            rows = self.rows.get(slots.variable)
-            if rows is not None:
+            if rows := self.rows.get(slots.variable):
                 rows.forget()
             if variables is not None and slots.kind == "average":
                 self.status.set_clock(slots.variable, Clock())
