@@ -251,7 +251,7 @@ class AveragedOptimizerWrapper:
 
     @property
     def sparse_variables(self) -> List[tf.Variable]:
-        """Large tables of which a step updates the averages of those rows alone that it moves."""
+        """Large variables whose averages are updated only in the rows that a step moves."""
         return [variable for variable, rows in self._averages.waiting() if not rows.is_held]
 
     @as_written
