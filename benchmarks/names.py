@@ -16,7 +16,9 @@
 BARE = "SGD alone"
 BARE_KERAS_3 = "SGD alone (Keras 3)"
 BARES = (BARE, BARE_KERAS_3)
+BARE_ADAGRAD = "Adagrad alone"
 EMA = "ExponentialMovingAverage"
+WHOLE_TABLE = "ExponentialMovingAverage, whole table"
 SWA = "SWA"
 EMA_KERAS_3 = "ExponentialMovingAverage (Keras 3)"
 OURS = (EMA, SWA, EMA_KERAS_3)

@@ -35,7 +35,7 @@ def markdown(runs: Dict[str, List]) -> str:
         elif name == "scaling":
             parts += [scaling(what, points) for what, points in median_of(figures).items()]
         elif name == "rows":
-            parts.append(embedding(median_of(figures)))
+            parts += [embedding(what, points) for what, points in median_of(figures).items()]
         elif name != "import_seconds":
             parts.append(workload(name, median_of(list(map(with_ratios, figures))), len(figures)))
     parts.append(targets(runs))
@@ -235,24 +235,35 @@ def scaling(what: str, points: Dict) -> str:
     return f"### An update, by number of {what} (ms)\n\n" + table([what, *curves], rows)
 
 
-def embedding(sizes: Dict) -> str:
+def embedding(what: str, points: Dict) -> str:
     """What is added to a step that moves some rows of a table."""
-    contenders = list(dict.fromkeys(name for figures in sizes.values() for name in figures))
-    rows = [
-        [size, *(f"{figures[name]:.2f}" if name in figures else "" for name in contenders)]
-        for size, figures in sizes.items()
+    contenders = list(next(iter(points.values())))
+    cells = [
+        [f"{int(point):,}", *(f"{values[name]:.2f}" for name in contenders)]
+        for point, values in points.items()
     ]
-    head = ["table, rows that move", *contenders]
-    return "### What is added to a step of Adagrad on an embedding (ms)\n\n" + table(head, rows)
+    return f"### What is added to a step, by {what} (ms)\n\n" + table([what, *contenders], cells)
+
+
+def plot_embedding(curves: Dict[str, Dict], path: str) -> None:
+    """Draws both curves into a PNG file."""
+    pyplot = _pyplot()
+    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), constrained_layout=True)
+    for axis, (what, points) in zip(axes, curves.items()):
+        for name in next(iter(points.values())):
+            style = "k--" if name == names.BARE_ADAGRAD else "o-"
+            # What is added may come out negative where it is less than the noise.
+            values = [max(values[name], 1e-2) for values in points.values()]
+            axis.plot([float(point) for point in points], values, style, label=name)
+        axis.set(xscale="log", yscale="log", xlabel=what, ylabel="milliseconds added to a step")
+        axis.grid(alpha=0.3)
+    axes[0].legend()
+    figure.savefig(path, dpi=110)
 
 
 def plot_scaling(curves: Dict[str, Dict], path: str) -> None:
     """Draws both curves into a PNG file."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = _pyplot()
     figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), constrained_layout=True)
     labels = ("parameters", "variables (3 million parameters in all)")
     for axis, points, label in zip(axes, curves.values(), labels):
@@ -264,3 +275,12 @@ def plot_scaling(curves: Dict[str, Dict], path: str) -> None:
         axis.grid(alpha=0.3)
     axes[0].legend()
     figure.savefig(path, dpi=110)
+
+
+def _pyplot():
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot

@@ -88,6 +88,8 @@ def main(_) -> None:
             (output / "results.md").write_text(report.markdown(runs))
     if "scaling" in runs:
         report.plot_scaling(report.median_of(runs["scaling"]), str(output / "scaling.png"))
+    if "rows" in runs:
+        report.plot_embedding(report.median_of(runs["rows"]), str(output / "embedding.png"))
     print(report.markdown(runs))
 
 

@@ -264,8 +264,8 @@ class AveragedOptimizerWrapper:
 
     @property
     def sparse_variables(self) -> List[tf.Variable]:
-        """Large tables of which a step updates the averages of those rows alone that it moves."""
-        return [variable for variable, _ in self._averages.waiting()]
+        """Large variables whose averages are updated only in the rows that a step moves."""
+        return [variable for variable, rows in self._averages.waiting() if not rows.is_held]
 
     @core_variables.as_written
     def assign_average_vars(self, var_list: Sequence[tf.Variable], which: int = 0) -> None:

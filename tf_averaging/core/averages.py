@@ -279,17 +279,13 @@ class Averages:
             in_slot = tf.convert_to_tensor(slots.average) if rows is None else rows.value()
             return tf.where(self.is_swapped(), in_model, in_slot)
 
-    def _forget_rows(self, variable: tf.Variable) -> None:
-        rows = self.rows.get(variable)
-        if rows is not None:
-            rows.forget()
-
     def load(self, slots: Slots, average: Any, stash: Optional[Any], clock: Clock) -> None:
         """Sets the slots of one variable to arrays, and its clock (eager mode)."""
         slots.average.assign(tf.cast(average, slots.average.dtype))
         if slots.stash is not None and stash is not None:
             slots.stash.assign(tf.cast(stash, slots.stash.dtype))
-        self._forget_rows(slots.variable)
+        if rows := self.rows.get(slots.variable):
+            rows.forget()
         self.status.set_clock(slots.variable, clock)
 
     def set_status(self, swapped: bool, first_step: int, like: Optional[tf.Variable] = None) -> None:
@@ -332,6 +328,8 @@ class Averages:
 
     def catch_up_others(self) -> List[tf.Tensor]:
         """The same for other averages of these variables, which are going to change."""
+        if tf.executing_eagerly() and not any(averages.waiting() for averages in list(ALL)):
+            return []  # It takes time to look for those of the same variables.
         return [done for other in others(self) for done in other.catch_up()]
 
     def hold(self, variables: Iterable[tf.Variable]) -> None:
@@ -441,7 +439,8 @@ class Averages:
                 if slot is not None:
                     parts = map(core_variables.all_components, (slot, slots.variable))
                     core_variables.copy(zip(*parts))
-            self._forget_rows(slots.variable)
+            if rows := self.rows.get(slots.variable):
+                rows.forget()
             if variables is not None and slots.kind == "average":
                 self.status.set_clock(slots.variable, Clock())
         if variables is None:

@@ -100,7 +100,8 @@ class Rows:
         self._now = create(np.zeros([], np.float64), "now")
         # What the clock showed when a row was caught up last.
         self._caught_up = create(np.zeros([self._number], np.float64), "caught_up")
-        # Whether somebody has the average's variable, and may look at any time.
+        # Whether somebody has the average's variable, and may look at any time; once more for graphs.
+        self.is_held = False
         self._is_held = create(np.zeros([], np.bool_), "is_held")
         # In functions, so that Ctrl-C cannot come between the average and the clocks.
         dtype = _part(average).dtype
@@ -230,6 +231,9 @@ class Rows:
 
     def hold(self) -> None:
         """Lets nothing be behind from now on: somebody has the average's variable."""
+        if self.is_held:
+            return
+        self.is_held = True
         with tf.init_scope():
             self._is_held.assign(True)
             self.catch_up()

@@ -254,6 +254,11 @@ class Keras3Face(keras.optimizers.Optimizer):
         """Same as `variables`."""
         return self.variables
 
+    def __dir__(self):
+        # Keras looks through these where it saves and loads `.keras`. The state is in that file already,
+        # and whoever is given the averages' variables keeps their rows from waiting.
+        return set(super().__dir__()) - {"variables", "weights"}
+
     def _as_keras(self, variable: tf.Variable) -> Any:
         """The Keras variable that has this one inside, always the same."""
         if variable not in self._in_keras:
