@@ -190,7 +190,7 @@ class TestOneOfThem:
         ]
         for call in calls:
             for which, error, message in [
-                (3, ValueError, r"from 0 to 2. Received: 3 .*average_decay=\[0.5, 0.75, 0.0\]"),
+                (3, ValueError, r"from 0 to 2. Received: 3, .*average_decay=\[0.5, 0.75, 0.0\]"),
                 (-1, ValueError, "Expected `which` >= 0"),
                 ("1", TypeError, "Expected `which` to be an int"),
                 (True, TypeError, "Expected `which` to be an int"),

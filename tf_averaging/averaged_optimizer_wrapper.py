@@ -286,9 +286,7 @@ class AveragedOptimizerWrapper:
     def _chosen(self, which: int) -> AveragedOptimizerWrapper:
         everyone, place = self._everyone(), status.checked_count("which", which, minimum=0)
         if place >= len(everyone):
-            raise ValueError(
-                f"Expected `which` from 0 to {len(everyone) - 1}. Received: {place} for {self}"
-            )
+            raise ValueError(f"Expected `which` from 0 to {len(everyone) - 1}. Received: {place}, {self}")
         return everyone[place]
 
     def _check_has_averages(self, method: str) -> None:
