@@ -190,7 +190,7 @@ class TestOneOfThem:
         ]
         for call in calls:
             for which, error, message in [
-                (3, ValueError, r"from 0 to 2. Received: 3 .*average_decay=\[0.5, 0.75, 0.0\]"),
+                (3, ValueError, r"from 0 to 2. Received: 3, .*average_decay=\[0.5, 0.75, 0.0\]"),
                 (-1, ValueError, "Expected `which` >= 0"),
                 ("1", TypeError, "Expected `which` to be an int"),
                 (True, TypeError, "Expected `which` to be an int"),
@@ -353,3 +353,18 @@ def test_weights_that_are_loaded_start_all_of_them_anew(keras):
     fit_steps(model, 1, [swap])
     for average in averages(model.optimizer, model.trainable_variables, 2):
         np.testing.assert_array_equal(average, np.full_like(average, 100.0))
+
+
+@both_kerases
+@pytest.mark.parametrize("which", [1, 2])
+def test_a_step_that_was_traced_before_knows_of_a_restored_swap(keras, which):
+    optimizer = EMA(keras.optimizers.SGD(1.0), average_decay=DECAYS)
+    variable = trained_variable(optimizer)
+    step = tf.function(lambda: descend(optimizer, [variable]))
+    step()
+    optimizer.swap_weights(which)
+    state = optimizer.get_weights()
+    optimizer.swap_weights(which)
+    optimizer.set_weights(state)
+    with pytest.raises(tf.errors.InvalidArgumentError, match="swap_weights"):
+        step()

@@ -283,9 +283,8 @@ class AveragedOptimizerWrapper:
         one._check_has_averages("assign_average_vars")
         one._updates.warn_if_empty(self._steps_taken())
         variables = core_variables.averageable(self._checked_variables(var_list))
-        with core_variables.after(
-            *side_by_side.check_not_swapped(self, status.ASSIGN_WHILE_SWAPPED_ERROR)
-        ):
+        checks = side_by_side.check_not_swapped(self, status.ASSIGN_WHILE_SWAPPED_ERROR)
+        with core_variables.after(*checks):
             one._averages.once(lambda: one._averages.assign(variables))
 
     def _everyone(self) -> Tuple[AveragedOptimizerWrapper, ...]:
@@ -444,9 +443,8 @@ class AveragedOptimizerWrapper:
 
     def __repr__(self) -> str:
         names = f"{type(self).__name__} around {type(self.inner_optimizer).__name__}"
-        return (
-            f"<{names}: {self._others}num_averaged={self.num_averaged}, swapped={self.weights_swapped}>"
-        )
+        state = f"num_averaged={self.num_averaged}, swapped={self.weights_swapped}"
+        return f"<{names}: {self._others}{state}>"
 
     def __reduce__(self):
         return faces.rebuild, (type(self).__mro__[1], self.get_config())

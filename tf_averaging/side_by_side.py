@@ -52,7 +52,7 @@ def chosen(optimizer: Any, which: int) -> Any:
     everyone, place = optimizer._everyone(), checked_count("which", which, minimum=0)
     if place >= len(everyone):
         raise ValueError(
-            f"Expected `which` from 0 to {len(everyone) - 1}. Received: {place} for {optimizer}"
+            f"Expected `which` from 0 to {len(everyone) - 1}. Received: {place}, {optimizer}"
         )
     return everyone[place]
 
