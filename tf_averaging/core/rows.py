@@ -231,12 +231,11 @@ class Rows:
 
     def hold(self) -> None:
         """Lets nothing be behind from now on: somebody has the average's variable."""
-        if self.is_held:
-            return
-        self.is_held = True
-        with tf.init_scope():
-            self._is_held.assign(True)
-            self.catch_up()
+        if not self.is_held:
+            with tf.init_scope():
+                self._is_held.assign(True)
+                self.catch_up()
+            self.is_held = True  # Last: Ctrl-C may come between.
 
     def _device(self) -> str:
         return _part(self._average).device
