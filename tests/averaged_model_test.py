@@ -13,6 +13,7 @@
 # limitations under the License.
 """A second model that holds the averages."""
 
+import contextlib
 import functools
 import types
 
@@ -341,3 +342,22 @@ class TestErrors:
         model = averaged(keras)
         with pytest.raises(RuntimeError, match="between calls of the `tf.function`"):
             tf.function(lambda: tfav.averaged_model(model) and None)()
+
+
+def test_model_in_training_is_left_alone(keras):
+    """Another thread may be in the middle of `fit`: the model never says that it is not compiled."""
+    model = sequential(keras)
+    model.compile(tfav.SWA(keras.optimizers.SGD(0.1), 0, 1), "mse")
+    model.fit(X, Y, verbose=0)
+    changed = []
+
+    class Watched(type(model)):
+        def __setattr__(self, name, value):
+            changed.append(name)
+            super().__setattr__(name, value)
+
+    object.__setattr__(model, "__class__", Watched)
+    with contextlib.suppress(ValueError):  # It goes by another name now.
+        tfav.averaged_model(model)
+    assert "compiled" not in changed
+    assert getattr(model, "compiled", True)

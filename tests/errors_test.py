@@ -252,6 +252,7 @@ WEIGHTS = [-0.1, 1.1, 2, float("nan"), np.float64(2), np.float32(2)]
         ("assign_average_vars", [[]], ValueError, "none has one"),
         *(("assign_average_vars", [x], TypeError, "Expected a list of variables") for x in (3, None)),
         *(("update_average", [x], ValueError, "Expected `weight` from 0 to 1") for x in WEIGHTS),
+        ("update_average", ["1"], TypeError, "Expected `weight` to be a number"),
         # A KeyError: `tf.train.Checkpoint` relies on the type.
         ("get_slot", [STRANGER, "average"], KeyError, "'stranger:0' has no average"),
         *(("get_slot", [x, "average"], KeyError, None) for x in (None, "x", 3)),

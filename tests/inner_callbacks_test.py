@@ -590,6 +590,80 @@ class TestBatchNorm:
         assert len(texts) == 1
         assert "Call `update_batch_norm` again" in texts[0]
 
+    def test_warning_is_one_where_an_inner_file_recomputes_them(self, keras, tmp_path, recwarn):
+        """In the middle of the first epoch; another callback looks at the averages after each batch."""
+        model = new_model(keras, batch_norm=True)
+        file = keras.callbacks.ModelCheckpoint(
+            str(tmp_path / "a.weights.h5"), save_freq=7, save_weights_only=True
+        )
+        swap = tfav.callbacks.SwapAverageWeights(callbacks=[file, Statistics()], batch_norm_data=X)
+        model.fit(**{**DATA, "batch_size": 2}, callbacks=[swap])
+        stale = [w for w in recwarn if "are those of averages" in str(w.message)]
+        assert len(stale) <= 1
+
+    def test_a_reset_makes_them_stale(self, keras):
+        model = new_model(keras, batch_norm=True)
+        model.fit(**DATA)
+        optimizer = model.optimizer
+        with optimizer.swapped_weights():
+            tfav.update_batch_norm(model, X, verbose=0)
+        optimizer.reset_averages()
+        model.fit(**DATA)
+        with pytest.warns(UserWarning, match="are those of averages"):
+            optimizer.swap_weights()
+
+    def test_callbacks_are_copied_with_a_data_set(self, keras):
+        data = tf.data.Dataset.from_tensor_slices((X, Y)).batch(4)
+        swap = tfav.callbacks.SwapAverageWeights(callbacks=[], batch_norm_data=data)
+        raw = tfav.callbacks.EvaluateRawWeights(data)
+        model = new_model(keras, batch_norm=True)
+        history = model.fit(**DATA, callbacks=[copy.deepcopy(swap), copy.deepcopy(raw)]).history
+        assert "raw_val_loss" in history
+
+
+def test_optimizer_of_a_part_averages_that_part(keras):
+    """As in a GAN: two optimizers, each with a callback of its own."""
+
+    class Parts(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.parts = [keras.layers.Dense(3), keras.layers.Dense(1)]
+            self.optimizers = [
+                tfav.ExponentialMovingAverage(keras.optimizers.SGD(0.01), average_decay=0.5),
+                tfav.SWA(keras.optimizers.SGD(0.01), 0, 1),
+            ]
+
+        def call(self, inputs):
+            return self.parts[1](self.parts[0](inputs))
+
+        def train_step(self, data):
+            x, y = data
+            for part, optimizer in zip(self.parts, self.optimizers):
+                with tf.GradientTape() as tape:
+                    loss = tf.reduce_mean((self(x) - y) ** 2)
+                variables = part.trainable_variables
+                optimizer.apply_gradients(zip(tape.gradient(loss, variables), variables))
+            return {"loss": loss}
+
+    model = Parts()
+    model.compile(loss="mse")
+    model(X)
+    swaps = [
+        tfav.callbacks.SwapAverageWeights(swap_on_epoch=True, optimizer=optimizer)
+        for optimizer in model.optimizers
+    ]
+    model.fit(**DATA, epochs=2, callbacks=swaps)
+    for part, optimizer in zip(model.parts, model.optimizers):
+        averaged = [slots.variable.shape for slots in optimizer._averages.averaged()]
+        assert averaged == [variable.shape for variable in part.trainable_variables]
+        assert optimizer.weights_swapped
+
+
+def test_begin_epoch_needs_updates_by_itself(keras):
+    model = new_model(keras, average_period=None)
+    with pytest.raises(ValueError, match="by hand alone"):
+        model.fit(**DATA, callbacks=[tfav.callbacks.SwapAverageWeights(begin_epoch=1)])
+
 
 def test_wrong_arguments(keras):
     make = tfav.callbacks.SwapAverageWeights

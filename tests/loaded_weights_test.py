@@ -104,3 +104,43 @@ class TestWeightsLoadedAfterFit:
         trained = [w for w, v in zip(begun, model.weights) if v.trainable]
         testing_utils.assert_same_bits(trained, raw)
         assert model.optimizer.num_averaged == 2 * updates
+
+    def test_after_a_fit_that_was_broken_off_are_trained_on(self, keras):
+        class Break(keras.callbacks.Callback):
+            def on_epoch_end(self, epoch, logs=None):
+                raise KeyError("broken off")
+
+        model = testing_utils.new_model(self.make(keras, "EMA"), keras=keras)
+        with pytest.raises(KeyError, match="broken off"):
+            self.fit(keras, model, [Break()])
+        loaded = [np.full_like(weight, 0.5) for weight in model.get_weights()]
+        model.set_weights(loaded)
+        testing_utils.assert_same_bits(self.fit(keras, model), loaded)
+
+    def test_swap_that_takes_them_for_averages_says_so(self, keras):
+        model = self.trained(keras, self.make(keras, "EMA"))
+        model.set_weights([weight + 1 for weight in model.get_weights()])
+        with pytest.warns(UserWarning, match="Weights were loaded into the model while it held"):
+            model.optimizer.swap_weights()
+
+    def test_fit_on_weights_that_were_swapped_by_hand_says_what_it_trains(self, keras, caplog):
+        model = testing_utils.new_model(self.make(keras, "EMA"), keras=keras)
+        testing_utils.fit_steps(model, 3)
+        raw = model.get_weights()
+        model.optimizer.swap_weights()
+        testing_utils.assert_same_bits(self.fit(keras, model), raw)
+        assert "goes on from the raw weights" in caplog.text
+
+    @pytest.mark.parametrize("how", ["loaded", "reset"])
+    def test_begin_epoch_holds_in_each_fold(self, keras, how):
+        """Two of four epochs of 20 steps are averaged, whatever came before."""
+        model = testing_utils.new_model(self.make(keras, "EMA"), keras=keras)
+        fold = model.get_weights()
+        for _ in range(3):
+            if how == "reset" and model.optimizer.has_shadow_copy:
+                model.optimizer.swap_weights()
+                model.optimizer.reset_averages()
+            model.set_weights(fold)
+            swap = tfav.callbacks.SwapAverageWeights(begin_epoch=2, callbacks=[])
+            model.fit(X, Y, batch_size=8, epochs=4, callbacks=[swap], verbose=0)
+            assert model.optimizer.num_averaged == 2 * 20

@@ -210,8 +210,9 @@ class SwapAverageWeights(averaging_callback.AveragingCallback):
     def on_train_begin(self, logs=None):
         """Creates the averages, returns to the raw weights, checks `begin_epoch`."""
         averaging_callback.follow(self.optimizer, self.model)
+        is_known = self.optimizer._averages.left is not None
         self._starts_anew = self._take_up("after a `fit` that had left the averages in it")
-        if self.optimizer.weights_swapped and self.optimizer._averages.left is None:
+        if self.optimizer.weights_swapped and not is_known:
             logging.warning(
                 "The model held the averages when training began, by `swap_weights()` or from a file. "
                 "Training goes on from the raw weights. Weights that were loaded since then count as the "
