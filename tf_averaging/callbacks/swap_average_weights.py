@@ -96,7 +96,7 @@ class SwapAverageWeights(averaging_callback.AveragingCallback):
         of the last time.
       batch_norm_steps: number of batches to take from `batch_norm_data` each time; None for all.
       optimizer: the averaging optimizer, for models that are compiled with another one; None for the one
-        that the model is compiled with.
+        that the model is compiled with. It averages what it trains, or what `shadow_copy` was given.
 
     Raises:
       TypeError: if `swap_on_epoch` is not a bool, `begin_epoch` or `batch_norm_steps` not an int, or
