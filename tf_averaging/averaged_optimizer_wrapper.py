@@ -220,14 +220,16 @@ class AveragedOptimizerWrapper:
         one._averages.once(one._averages.swap)
 
     def swapped_weights(self, which: int = 0) -> ContextManager[AveragedOptimizerWrapper]:
-        """A context in which the model holds the averages; `as` gives the optimizer.
+        """A context in which the model holds the averages; in a graph a RuntimeError.
 
         Whatever ends the block, an exception or Ctrl-C included, leaves the weights as they were before
-        it. Contexts may overlap: the weights return when the last one ends. In a graph, where no
-        exception could be caught, it is a RuntimeError.
+        it. Contexts may overlap: the weights return when the last one ends.
 
         Args:
           which: see `swap_weights`.
+
+        Returns:
+          The context, whose `as` gives the optimizer.
         """
         one = side_by_side.chosen(self, which)
         one._check_has_averages("swapped_weights")
@@ -387,10 +389,8 @@ class AveragedOptimizerWrapper:
         return {
             **super().get_config(),  # type: ignore[misc]
             "optimizer": self._serialize_inner(),
-            "name": self.name,
             "start_averaging": self._updates.start,
-            "jit_compile": self.jit_compile,
-            **{name: getattr(self, name) for name in settings},
+            **{name: getattr(self, name) for name in ("name", "jit_compile", *settings)},
         }
 
     @classmethod
