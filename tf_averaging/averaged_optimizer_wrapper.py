@@ -215,7 +215,7 @@ class AveragedOptimizerWrapper:
         Raises:
           ValueError: if there are no averages yet, or `which` is out of range.
         """
-        one = side_by_side.chosen(self, which)
+        one = status.chosen(self._everyone(), which)
         one._check_has_averages("swap_weights")
         one._averages.once(one._averages.swap)
 
@@ -231,7 +231,7 @@ class AveragedOptimizerWrapper:
         Returns:
           The context, whose `as` gives the optimizer.
         """
-        one = side_by_side.chosen(self, which)
+        one = status.chosen(self._everyone(), which)
         one._check_has_averages("swapped_weights")
         one._updates.warn_if_empty(self._steps_taken())
         return one._averages.swapped(self)
@@ -257,7 +257,7 @@ class AveragedOptimizerWrapper:
           KeyError: if `var` has no average.
           ValueError: if `which` is out of range.
         """
-        return side_by_side.chosen(self, which)._averages.read(*self._tf_variables([var]))
+        return status.chosen(self._everyone(), which)._averages.read(*self._tf_variables([var]))
 
     @property
     def num_averaged(self) -> tf.Tensor:
@@ -281,7 +281,7 @@ class AveragedOptimizerWrapper:
           ValueError: if no variable in `var_list` has an average, or `which` is out of range.
           tf.errors.InvalidArgumentError: if the weights are swapped: the averages are in the model.
         """
-        one = side_by_side.chosen(self, which)
+        one = status.chosen(self._everyone(), which)
         one._check_has_averages("assign_average_vars")
         one._updates.warn_if_empty(self._steps_taken())
         variables = core_variables.averageable(self._checked_variables(var_list))

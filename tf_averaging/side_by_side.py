@@ -26,7 +26,6 @@ import numpy as np
 import tensorflow as tf
 
 from tf_averaging.core.status import UPDATE_WHILE_SWAPPED_ERROR
-from tf_averaging.core.status import checked_count
 from tf_averaging.core.variables import after
 
 
@@ -45,16 +44,6 @@ class Others(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.argument}={list(self.values)}, " if self.optimizers else ""
-
-
-def chosen(optimizer: Any, which: int) -> Any:
-    """One of an optimizer and those beside it, by its place in the list."""
-    everyone, place = optimizer._everyone(), checked_count("which", which, minimum=0)
-    if place >= len(everyone):
-        raise ValueError(
-            f"Expected `which` from 0 to {len(everyone) - 1}. Received: {place}, {optimizer}"
-        )
-    return everyone[place]
 
 
 def in_model(optimizer: Any) -> Optional[Any]:

@@ -24,7 +24,18 @@ import gc
 import operator
 import uuid
 import weakref
-from typing import TYPE_CHECKING, Iterable, Iterator, List, NamedTuple, Optional, Tuple, Union
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Iterable,
+    Iterator,
+    List,
+    NamedTuple,
+    Optional,
+    Sequence,
+    Tuple,
+    Union,
+)
 
 import numpy as np
 import tensorflow as tf
@@ -79,6 +90,16 @@ def checked_count(name: str, value: int, minimum: int) -> int:
     if count > tf.int64.max:
         raise ValueError(f"Expected `{name}` <= {tf.int64.max}, an int64. Received: {name}={count}")
     return count
+
+
+def chosen(choices: Sequence[Any], which: int) -> Any:
+    """One of the averaging optimizers that are side by side, the outermost first, by its place."""
+    place = checked_count("which", which, minimum=0)
+    if place >= len(choices):
+        raise ValueError(
+            f"Expected `which` from 0 to {len(choices) - 1}. Received: {place}, {choices[0]}"
+        )
+    return choices[place]
 
 
 def checked_jit_compile(value: Union[bool, str]) -> Union[bool, str]:
