@@ -24,18 +24,7 @@ import gc
 import operator
 import uuid
 import weakref
-from typing import (
-    TYPE_CHECKING,
-    Any,
-    Iterable,
-    Iterator,
-    List,
-    NamedTuple,
-    Optional,
-    Sequence,
-    Tuple,
-    Union,
-)
+from typing import TYPE_CHECKING, Iterable, Iterator, List, NamedTuple, Optional, Tuple, Union
 
 import numpy as np
 import tensorflow as tf
@@ -92,7 +81,7 @@ def checked_count(name: str, value: int, minimum: int) -> int:
     return count
 
 
-def chosen(choices: Sequence[Any], which: int) -> Any:
+def chosen(choices: tuple, which: int):
     """One of the averaging optimizers that are side by side, the outermost first, by its place."""
     place = checked_count("which", which, minimum=0)
     if place >= len(choices):
