@@ -103,6 +103,12 @@ def _copy_in_a_loop(pairs: Sequence[Pair], chosen: tf.Tensor, average_dtype, dty
     return tf.while_loop(lambda index: index < tf.size(places), copy_one, [tf.constant(0)])
 
 
+def done(operations: list) -> tf.Tensor:
+    """True, when the operations have run."""
+    with after(*operations):
+        return tf.constant(True)
+
+
 def for_each_pair(vector: tf.Tensor, places: List[int]) -> tf.Tensor:
     """The elements at these places; a variable may have several components, or be left out."""
     if places == list(range(vector.shape[0] or 0)):
@@ -232,9 +238,9 @@ def _are_here(pairs: Sequence[Pair]) -> bool:
 def _fetched(pair: Pair) -> Pair:
     """The pair with the variable's value in place of its handle, where that is on another device."""
     average, variable = pair
-    return (
-        pair if variable.device == average.device else (average, variable._replace(handle=read(variable)))
-    )
+    if variable.device == average.device:
+        return pair
+    return average, variable._replace(handle=read(variable))
 
 
 def handles_of(pairs: Sequence[Pair]) -> List[tf.Tensor]:

@@ -143,13 +143,13 @@ class Rows:
             with after(caught_up):
                 copied = fold.copy_chosen([pair], weights)
             with after(*copied):
-                return _done(fold.fold([pair], weights, self._jit_compile))
+                return fold.done(fold.fold([pair], weights, self._jit_compile))
 
         with tf.device(self._device()):
             is_held = core_variables.read_here(self._is_held)
             # A weight of 1 sets all rows, and has no logarithm of what is left.
             whole = tf.logical_or(is_held, tf.logical_not(weight < 1))
-            return tf.cond(whole, fold_whole, lambda: _done(self._fold_rows(moved, weight)))
+            return tf.cond(whole, fold_whole, lambda: fold.done(self._fold_rows(moved, weight)))
 
     def _fold_rows(self, moved: Moving, weight: tf.Tensor) -> list:
         """Catches rows up to the step, then folds the step in; all others wait."""
@@ -207,7 +207,7 @@ class Rows:
                 parallel_iterations=1,
             )
             with after(*done):
-                reset = tf.cond(end > 0, lambda: _done(self._reset()), lambda: tf.constant(True))
+                reset = tf.cond(end > 0, lambda: fold.done(self._reset()), lambda: tf.constant(True))
             with after(reset):
                 return tf.constant(True)
 
@@ -267,8 +267,3 @@ def _towards(rows: tf.Tensor, values: tf.Tensor, parts: tf.Tensor) -> tf.Tensor:
     """
     parts = tf.reshape(tf.cast(parts, rows.dtype), [-1] + [1] * (rows.shape.rank - 1))
     return rows - tf.math.multiply_no_nan(rows - values, parts)
-
-
-def _done(operations: list) -> tf.Tensor:
-    with after(*operations):
-        return tf.constant(True)

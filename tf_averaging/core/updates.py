@@ -394,7 +394,7 @@ class Updates:
         section = self.averages.status.section
 
         def one_at_a_time() -> list:
-            return [section.execute(lambda: _done(work), exclusive_resource_access=False)]
+            return [section.execute(lambda: fold.done(work()), exclusive_resource_access=False)]
 
         return _when(condition, one_at_a_time)
 
@@ -406,14 +406,8 @@ def _when(condition: Union[bool, tf.Tensor], work: Callable[[], list]) -> tf.Ten
       What must run before anything that follows.
     """
     if condition is True:
-        return _done(work)
-    return tf.cond(condition, lambda: _done(work), lambda: tf.constant(True))
-
-
-def _done(work: Callable[[], list]) -> tf.Tensor:
-    """Does the work, which returns the operations that must run; ready after them."""
-    with after(*work()):
-        return tf.constant(True)
+        return fold.done(work())
+    return tf.cond(condition, lambda: fold.done(work()), lambda: tf.constant(True))
 
 
 def _check_in_range(weight) -> Optional[tf.Operation]:
