@@ -25,7 +25,7 @@ from __future__ import annotations
 import functools
 import inspect
 import reprlib
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List, Optional, Tuple
 
 import numpy as np
 
@@ -289,7 +289,7 @@ def inner_optimizer(cls: Any, identifier: Any, settings: Dict[str, Any]):
     own["learning_rate"] = learning_rate_or_schedule(optimizer)
     own["decay"] = getattr(optimizer, "_initial_decay", None)
     own = {name: value for name, value in own.items() if name in mentioned}
-    return _configured(optimizer, own, settings)
+    return _configured(optimizer, own, settings, cls.clipping_to_choose_from)
 
 
 def parts(optimizer: Any) -> list:
@@ -335,8 +335,20 @@ def _checked(settings: Dict[str, Any]) -> Dict[str, Any]:
     return settings
 
 
-def _configured(optimizer: Any, own: Dict[str, Any], settings: Dict[str, Any]):
-    """Sets what `own` leaves unset, and checks the rest for contradictions."""
+def _configured(optimizer: Any, own: Dict[str, Any], settings: Dict[str, Any], one_of: Tuple[str, ...]):
+    """Sets what `own` leaves unset, and checks the rest for contradictions.
+
+    Args:
+      optimizer: the inner optimizer.
+      own: its settings.
+      settings: those to set.
+      one_of: the kinds of clipping of which it can have one.
+    """
+    if settings and hasattr(optimizer, "optimizers"):
+        raise ValueError(
+            "A `MultiOptimizer` has no settings of its own. Expected them where its parts are created. "
+            f"Received: {settings}"
+        )
     if "decay" in settings and not hasattr(optimizer, "_initial_decay"):
         raise ValueError(
             "`decay` exists in legacy optimizers only. Expected a "
@@ -353,14 +365,10 @@ def _configured(optimizer: Any, own: Dict[str, Any], settings: Dict[str, Any]):
                 f"Received: {name}={_shown(value)}"
             )
     unset = {name: value for name, value in settings.items() if own.get(name) is None}
-    clipnorm, global_clipnorm = (
-        settings.get(name, getattr(optimizer, name)) for name in ("clipnorm", "global_clipnorm")
-    )
-    if clipnorm is not None and global_clipnorm is not None:
-        raise ValueError(
-            "At most one of `clipnorm` and `global_clipnorm` can be set. Received: "
-            f"clipnorm={clipnorm}, global_clipnorm={global_clipnorm}"
-        )
+    clipping = {name: settings.get(name, getattr(optimizer, name)) for name in one_of}
+    clipping = {name: value for name, value in clipping.items() if value is not None}
+    if len(clipping) > 1:
+        raise ValueError(f"Expected at most one of {one_of} to be set. Received: {clipping}")
     if unset.keys() - set(CLIPPING):
         # A new optimizer: a schedule cannot take the place of a learning rate once it is a variable.
         return type(optimizer).from_config({**optimizer.get_config(), **unset})

@@ -45,6 +45,7 @@ class Keras2Face(tf_keras.optimizers.Optimizer):
     keras = tf_keras
     keras_name = "tf_keras"
     inner_types = (tf_keras.optimizers.Optimizer, tf_keras.optimizers.legacy.Optimizer)
+    clipping_to_choose_from = ("clipnorm", "global_clipnorm")
     # Where a config says that an optimizer is, and where it is.
     modules = {
         "keras.optimizers": tf_keras.optimizers,
