@@ -13,6 +13,7 @@
 # limitations under the License.
 """Around an optimizer of Keras 3 the same holds as around one of tf_keras."""
 
+import itertools
 import os
 import subprocess
 import sys
@@ -24,6 +25,7 @@ import tensorflow as tf
 import tf_keras
 
 import tf_averaging as tfav
+from tf_averaging import faces
 from tests import file_formats
 from tests import numpy_averages
 from tests import testing_utils
@@ -122,6 +124,26 @@ def test_accumulating_gradients_counts_steps_that_move_weights(several, as_funct
         averages.append((float(optimizer.get_average(variable)), int(optimizer.num_averaged)))
     # The weights are 0, -1, -1, -2, ..., and -2 and -4 are averaged; until then the average is them.
     assert averages == [(0, 0)] + [(-1, 0)] * 2 + [(-2, 1)] * 4 + [(-3, 2)]
+
+
+def test_parts_that_accumulate_different_numbers_of_gradients():
+    parts = [SGD(1.0, gradient_accumulation_steps=steps) for steps in (2, 3)]
+    one, other = keras_3.Variable(0.0, name="one"), keras_3.Variable(0.0, name="other")
+    optimizer = tfav.SWA(
+        OPTIMIZERS.MultiOptimizer(OPTIMIZERS.OptimizerMap(parts[0], {other.path: parts[1]})), 0, 1
+    )
+    optimizer.build([one, other])
+    step = tf.function(lambda: optimizer.apply([tf.constant(1.0)] * 2, [one, other]))
+    averages = []
+    for _ in range(12):
+        step()
+        averages.append(
+            (*(float(optimizer.get_average(v)) for v in (one, other)), int(optimizer.num_averaged))
+        )
+    # Steps 2, 3, 4, 6, 8, 9, 10 and 12 move weights: one to -1, -1, -2, -3, -4, -4, -5, -6.
+    assert averages[1] == (-1, 0, 1)
+    assert averages[5] == (-7 / 4, -4 / 4, 4)
+    assert averages[11] == (-26 / 8, -(0 + 1 + 1 + 2 + 2 + 3 + 3 + 4) / 8, 8)
 
 
 @pytest.mark.parametrize("follow", [False, True])
@@ -427,6 +449,19 @@ def test_what_is_of_two_kerases(one, other):
 def test_what_cannot_be_wrapped(inner, error, message):
     with pytest.raises(error, match=message):
         tfav.SWA(inner())
+
+
+@pytest.mark.parametrize(("one", "other"), list(itertools.permutations(faces.CLIPPING, 2)))
+def test_second_kind_of_clipping(one, other):
+    with pytest.raises(ValueError, match=f"Expected at most one of .*{other}"):
+        tfav.SWA(SGD(**{one: 1.0}), **{other: 0.1})
+
+
+@pytest.mark.parametrize("settings", [{"clipnorm": 1.0}, {"learning_rate": 0.5}])
+def test_settings_of_a_multi_optimizer(settings):
+    inner = OPTIMIZERS.MultiOptimizer(OPTIMIZERS.OptimizerMap(SGD()))
+    with pytest.raises(ValueError, match="Expected them where its parts are created"):
+        tfav.SWA(inner, **settings)
 
 
 @pytest.mark.parametrize(

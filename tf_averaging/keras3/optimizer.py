@@ -19,6 +19,7 @@ import math
 from typing import Any, Dict, Iterable, List, Optional, Sequence, Tuple, Union
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from tf_averaging import faces
@@ -49,6 +50,7 @@ class Keras3Face(keras.optimizers.Optimizer):
     inner_types = (keras.optimizers.Optimizer,)
     # Where a config says that an optimizer is, and where it is.
     modules = {"keras.optimizers": keras.optimizers}
+    clipping_to_choose_from = faces.CLIPPING
     # How a config without a module is read.
     deserialize_without_module = staticmethod(keras.optimizers.deserialize)
 
@@ -172,17 +174,27 @@ class Keras3Face(keras.optimizers.Optimizer):
     def _check_variables_are_known(self, variables: list) -> None:
         self._inner_optimizer._check_variables_are_known(variables)
 
-    def _steps_of_one_move(self) -> int:
-        """How many steps of the inner optimizer go into one on which the weights may move."""
+    def _moves(self) -> Optional[np.ndarray]:
+        """How often weights have moved after 0, 1, ... steps of one cycle of gradient accumulation.
+
+        Returns:
+          int64 vector; None if each step moves weights.
+        """
         inner = self._inner_optimizer
         parts = getattr(inner, "optimizers", None) or [inner]  # Those of a MultiOptimizer.
-        return math.gcd(*(part.gradient_accumulation_steps or 1 for part in parts))
+        accumulated = [part.gradient_accumulation_steps or 1 for part in parts]
+        if 1 in accumulated:
+            return None
+        steps = np.arange(math.lcm(*accumulated) + 1)
+        moved = np.any([steps % each == 0 for each in accumulated], axis=0)
+        return np.cumsum(moved) - 1  # At 0 nothing has moved.
 
     def _moves_weights(self) -> Union[bool, tf.Tensor]:
-        steps = self._steps_of_one_move()
-        if steps == 1:
+        moves = self._moves()
+        if moves is None:
             return True
-        return tf.equal((core_variables.read_here(self._steps_variable()) + 1) % steps, 0)
+        place = core_variables.read_here(self._steps_variable()) % (len(moves) - 1)
+        return tf.gather(np.diff(moves) > 0, place)
 
     # Settings that Keras looks for in this class.
 
@@ -332,7 +344,11 @@ class Keras3Face(keras.optimizers.Optimizer):
 
     def _steps_taken(self) -> tf.Tensor:
         """The number of steps so far that moved weights: scalar int64 tensor."""
-        return core_variables.read_here(self._steps_variable()) // self._steps_of_one_move()
+        steps, moves = core_variables.read_here(self._steps_variable()), self._moves()
+        if moves is None:
+            return steps
+        cycle = len(moves) - 1
+        return steps // cycle * moves[-1] + tf.gather(moves, steps % cycle)
 
     def _inner_state(self) -> Tuple[List[tf.Variable], int]:
         """All variables of the inner optimizer, iterations first; none of them counts as a slot."""
