@@ -290,7 +290,8 @@ class TestEverySchedule:
         )
 
 
-def test_optimizer_with_schedules_is_saved_and_loaded(tmp_path):
+@pytest.mark.parametrize("name", ["model.keras", "model.h5"])
+def test_optimizer_with_schedules_is_saved_and_loaded(tmp_path, name):
     rate = tfav.schedules.CyclicalLearningRate(
         tf_keras.optimizers.schedules.CosineDecay(0.1, 10), 0.05, 0.01, 3
     )
@@ -299,8 +300,8 @@ def test_optimizer_with_schedules_is_saved_and_loaded(tmp_path):
     model = tf_keras.Sequential([tf_keras.layers.Dense(1, input_shape=(2,))])
     model.compile(optimizer, "mse")
     model.fit(np.ones((4, 2)), np.ones((4, 1)), verbose=0)
-    model.save(tmp_path / "model.keras")
-    loaded = tf_keras.models.load_model(tmp_path / "model.keras").optimizer
+    model.save(tmp_path / name)
+    loaded = tf_keras.models.load_model(tmp_path / name).optimizer
     assert loaded.average_decay.get_config() == decay.get_config()
     assert loaded.inner_optimizer.get_config() == optimizer.inner_optimizer.get_config()
 

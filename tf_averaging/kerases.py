@@ -89,6 +89,8 @@ def register(package: str) -> Callable[[type], type]:
 
     def decorate(cls: type) -> type:
         for keras in available():
+            if keras.__name__ == "tf_keras":  # In an `.h5` file it names the class alone.
+                keras.saving.get_custom_objects().setdefault(cls.__name__, cls)
             keras.saving.register_keras_serializable(package)(cls)
         return cls
 
