@@ -38,19 +38,24 @@ def methods(cls):
     for name in dir(cls):
         static = inspect.getattr_static(cls, name)
         function = getattr(static, "__func__", static)
-        if name.startswith("_") or not inspect.isfunction(function):
+        if (name.startswith("_") and name != "__call__") or not inspect.isfunction(function):
             continue
         if function.__module__.startswith("tf_averaging"):
             yield name, function
 
 
 SYMBOLS = dict(symbols(tfav))
-METHODS = {
+ALL_METHODS = {
     f"{name}.{method}": function
     for name, symbol in SYMBOLS.items()
     if isinstance(symbol, type)
     for method, function in methods(symbol)
-    if not method.startswith("on_")  # Hooks, whose arguments Keras documents.
+}
+# But for those whose arguments the class or Keras documents.
+METHODS = {
+    name: function
+    for name, function in ALL_METHODS.items()
+    if not name.rpartition(".")[2].startswith(("on_", "__call__"))
 }
 PROPERTIES = {
     f"{name}.{attribute}": member
@@ -132,3 +137,26 @@ def test_method_is_documented(name):
 @pytest.mark.parametrize("name", PROPERTIES)
 def test_property_is_documented(name):
     assert PROPERTIES[name].__doc__
+
+
+def unannotated(function):
+    """The parameters without a type, and "return" if that has none."""
+    signature = inspect.signature(function)
+    missing = [
+        name
+        for name, parameter in signature.parameters.items()
+        if parameter.annotation is parameter.empty and name not in ("self", "cls")
+    ]
+    if function.__name__ != "__init__" and signature.return_annotation is signature.empty:
+        missing.append("return")
+    return missing
+
+
+def test_signatures_are_annotated():
+    functions = {
+        **{name: s.__init__ if isinstance(s, type) else s for name, s in SYMBOLS.items()},
+        **ALL_METHODS,
+        **{name: member.fget for name, member in PROPERTIES.items()},
+    }
+    missing = {name: unannotated(function) for name, function in functions.items()}
+    assert {name: names for name, names in missing.items() if names} == {}

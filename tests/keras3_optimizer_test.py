@@ -25,7 +25,6 @@ import tensorflow as tf
 import tf_keras
 
 import tf_averaging as tfav
-from tf_averaging import faces
 from tests import file_formats
 from tests import numpy_averages
 from tests import testing_utils
@@ -38,6 +37,7 @@ from tests.testing_utils import fit_steps
 from tests.testing_utils import read
 from tests.testing_utils import read_all
 from tests.testing_utils import with_loss_scaling
+from tf_averaging import faces
 
 OPTIMIZERS = keras_3.optimizers
 SGD = OPTIMIZERS.SGD

@@ -28,10 +28,10 @@ from tf_averaging.core import variables as core_variables
 
 
 def averaged_model(
-    model,
+    model: Any,
     optimizer: Optional[AveragedOptimizerWrapper] = None,
-    target=None,
-):
+    target: Any = None,
+) -> Any:
     """Returns a model of the same architecture that holds the averages of `model`'s weights.
 
     What is not averaged (statistics of BatchNormalization, by default) is what `model` holds when it

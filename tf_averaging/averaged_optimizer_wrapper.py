@@ -394,7 +394,7 @@ class AveragedOptimizerWrapper:
         }
 
     @classmethod
-    def from_config(cls, config: Dict[str, Any], custom_objects: Optional[Dict[str, Any]] = None):
+    def from_config(cls, config: Dict[str, Any], custom_objects: Optional[Dict[str, Any]] = None) -> Any:
         """Creates the optimizer that `get_config` described.
 
         Args:

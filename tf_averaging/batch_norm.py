@@ -36,8 +36,8 @@ from tf_averaging.core.status import averages_of
 
 
 def update_batch_norm(
-    model,
-    data,
+    model: Any,
+    data: Any,
     steps: Optional[int] = None,
     verbose: Union[str, int] = "auto",
     optimizer: Optional[AveragedOptimizerWrapper] = None,

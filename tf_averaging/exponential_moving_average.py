@@ -87,7 +87,7 @@ class ExponentialMovingAverage(averaged_optimizer_wrapper.AveragedOptimizerWrapp
         start_step: int = 0,
         dynamic_decay: bool = True,
         name: str = "ExponentialMovingAverage",
-        **options,
+        **options: Any,
     ):
         if "start_averaging" in options:
             raise TypeError(
@@ -149,7 +149,7 @@ class ExponentialMovingAverage(averaged_optimizer_wrapper.AveragedOptimizerWrapp
         }
 
     @classmethod
-    def from_config(cls, config: Dict[str, Any], custom_objects: Optional[Dict[str, Any]] = None):
+    def from_config(cls, config: Dict[str, Any], custom_objects: Optional[Dict[str, Any]] = None) -> Any:
         """Creates the optimizer that `get_config` described; see `AveragedOptimizerWrapper`."""
 
         def read(decay: Any) -> Any:

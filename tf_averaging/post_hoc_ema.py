@@ -83,7 +83,7 @@ class PostHocEMA(averaged_optimizer_wrapper.AveragedOptimizerWrapper):
         optimizer: Any,
         relative_widths: Union[float, Sequence[float]] = (0.05, 0.10),
         name: str = "PostHocEMA",
-        **options,
+        **options: Any,
     ):
         gamma = gamma_of(relative_widths)  # One width: a list is divided among several objects.
         super().__init__(optimizer, name, **options)

@@ -68,7 +68,7 @@ class SWA(averaged_optimizer_wrapper.AveragedOptimizerWrapper):
         average_period: Optional[int] = 10,
         name: str = "SWA",
         sequential_update: bool = True,
-        **options,
+        **options: Any,
     ):
         super().__init__(
             optimizer,

@@ -19,3 +19,8 @@ from tf_averaging.callbacks.save_averages import SaveAverages
 from tf_averaging.callbacks.swap_average_weights import SwapAverageWeights
 
 __all__ = ["AverageModelCheckpoint", "EvaluateRawWeights", "SaveAverages", "SwapAverageWeights"]
+
+
+def __dir__():
+    """The public names: the modules inside are not offered."""
+    return [*__all__, *(name for name in globals() if name.startswith("__"))]

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from typing import Any, Optional, Union
+from typing import Any, Dict, Optional, Union
 
 import tensorflow as tf
 
@@ -85,7 +85,7 @@ class AverageModelCheckpoint(averaging_callback.AveragingCallback):
         initial_value_threshold: Optional[float] = None,
         *,
         optimizer: Optional[AveragedOptimizerWrapper] = None,
-        **kwargs,
+        **kwargs: Any,
     ):
         super().__init__(optimizer)
         if not isinstance(update_weights, bool) or filepath is None:
@@ -114,7 +114,7 @@ class AverageModelCheckpoint(averaging_callback.AveragingCallback):
         # Decides when to write. It stays the same for all trainings, as it remembers the best value.
         self._checkpoint: Any = None
 
-    def set_model(self, model) -> None:
+    def set_model(self, model: Any) -> None:
         """Makes the `ModelCheckpoint` of the model's Keras, if that has not been done.
 
         Args:
@@ -133,7 +133,7 @@ class AverageModelCheckpoint(averaging_callback.AveragingCallback):
             return self._arguments["initial_value_threshold"]
         return self._checkpoint.best
 
-    def on_train_begin(self, logs=None):
+    def on_train_begin(self, logs: Optional[Dict[str, Any]] = None) -> None:
         """Creates the averages."""
         averaging_callback.follow(self.optimizer, self.model)
         if self.update_weights and self.params.get("swap_on_epoch"):
@@ -144,15 +144,15 @@ class AverageModelCheckpoint(averaging_callback.AveragingCallback):
             )
         self._checkpoint.on_train_begin(logs)
 
-    def on_epoch_begin(self, epoch, logs=None):
+    def on_epoch_begin(self, epoch: int, logs: Optional[Dict[str, Any]] = None) -> None:
         """As `ModelCheckpoint`."""
         self._checkpoint.on_epoch_begin(epoch, logs)
 
-    def on_train_batch_end(self, batch, logs=None):
+    def on_train_batch_end(self, batch: int, logs: Optional[Dict[str, Any]] = None) -> None:
         """As `ModelCheckpoint`: writes a file every `save_freq` batches."""
         self._checkpoint.on_train_batch_end(batch, logs or {})
 
-    def on_epoch_end(self, epoch, logs=None):
+    def on_epoch_end(self, epoch: int, logs: Optional[Dict[str, Any]] = None) -> None:
         """As `ModelCheckpoint`: writes a file if it is time and the model is good enough."""
         self._checkpoint.on_epoch_end(epoch, logs or {})
 

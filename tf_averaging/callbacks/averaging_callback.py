@@ -39,12 +39,12 @@ class AveragingCallback(*_CALLBACKS):  # type: ignore[misc]
         self._given_optimizer = None if optimizer is None else averaging_optimizer(optimizer)
 
     @property
-    def model(self):
+    def model(self) -> Any:
         """The model that is trained or evaluated."""
         return self._model
 
     @model.setter
-    def model(self, model):
+    def model(self, model: Any) -> None:
         # An attribute in tf_keras, which sets it; a property that reads `_model` in Keras 3.
         self._model = model
 

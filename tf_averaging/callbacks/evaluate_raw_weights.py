@@ -68,7 +68,7 @@ class EvaluateRawWeights(averaging_callback.AveragingCallback):
         callbacks: Any = None,
         *,
         optimizer: Optional[AveragedOptimizerWrapper] = None,
-        **kwargs,
+        **kwargs: Any,
     ):
         super().__init__(optimizer)
         unknown = sorted(kwargs.keys() - {"max_queue_size", "workers", "use_multiprocessing"})
@@ -92,11 +92,11 @@ class EvaluateRawWeights(averaging_callback.AveragingCallback):
         # KerasTuner copies callbacks for each trial. A `tf.data.Dataset` cannot be copied.
         return EvaluateRawWeights(**self._arguments, optimizer=self._given_optimizer)
 
-    def on_train_begin(self, logs=None):
+    def on_train_begin(self, logs: Optional[Dict[str, Any]] = None) -> None:
         """Looks for the averaging optimizer."""
         self.optimizer  # noqa: B018  A ValueError here rather than after an epoch.
 
-    def on_epoch_end(self, epoch, logs=None):
+    def on_epoch_end(self, epoch: int, logs: Optional[Dict[str, Any]] = None) -> None:
         """Adds the results to the logs."""
         with averaging_callback.holding(self.optimizer, averages=False):
             results = self.model.evaluate(**self._arguments, return_dict=True)

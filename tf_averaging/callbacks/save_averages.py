@@ -16,7 +16,7 @@
 from __future__ import annotations
 
 import os
-from typing import Optional, Union
+from typing import Any, Dict, Optional, Union
 
 from tf_averaging.averaged_optimizer_wrapper import AveragedOptimizerWrapper
 from tf_averaging.callbacks import averaging_callback
@@ -68,7 +68,7 @@ class SaveAverages(averaging_callback.AveragingCallback):
         self._next_batch = 0
         self._saved_updates = 0
 
-    def on_train_begin(self, logs=None):
+    def on_train_begin(self, logs: Optional[Dict[str, Any]] = None) -> None:
         """Creates the averages."""
         if not isinstance(self.optimizer, PostHocEMA):
             raise TypeError(
@@ -78,11 +78,11 @@ class SaveAverages(averaging_callback.AveragingCallback):
         averaging_callback.follow(self.optimizer, self.model)
         self._unsaved_batches = self._saved_updates = 0
 
-    def on_epoch_begin(self, epoch, logs=None):
+    def on_epoch_begin(self, epoch: int, logs: Optional[Dict[str, Any]] = None) -> None:
         """Batches are counted anew."""
         self._next_batch = 0
 
-    def on_train_batch_end(self, batch, logs=None):
+    def on_train_batch_end(self, batch: int, logs: Optional[Dict[str, Any]] = None) -> None:
         """Writes a snapshot every so many batches."""
         if self.every is None:
             return
@@ -93,12 +93,12 @@ class SaveAverages(averaging_callback.AveragingCallback):
             self._unsaved_batches = 0
             self._save()
 
-    def on_epoch_end(self, epoch, logs=None):
+    def on_epoch_end(self, epoch: int, logs: Optional[Dict[str, Any]] = None) -> None:
         """Writes a snapshot if there is one for each epoch."""
         if self.every is None:
             self._save()
 
-    def on_train_end(self, logs=None):
+    def on_train_end(self, logs: Optional[Dict[str, Any]] = None) -> None:
         """Writes the last snapshot."""
         self._save()
 

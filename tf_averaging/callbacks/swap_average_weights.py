@@ -158,7 +158,7 @@ class SwapAverageWeights(averaging_callback.AveragingCallback):
             params.setdefault("recompute_batch_norm", []).append(self._recompute_for)
         self._inner.set_params(params)
 
-    def set_model(self, model) -> None:
+    def set_model(self, model: Any) -> None:
         """Tells the callbacks inside of the model too.
 
         Args:
@@ -207,7 +207,7 @@ class SwapAverageWeights(averaging_callback.AveragingCallback):
 
     # Training.
 
-    def on_train_begin(self, logs=None):
+    def on_train_begin(self, logs: Optional[Dict[str, Any]] = None) -> None:
         """Creates the averages, returns to the raw weights, checks `begin_epoch`."""
         averaging_callback.follow(self.optimizer, self.model)
         is_known = self.optimizer._averages.left is not None
@@ -251,7 +251,7 @@ class SwapAverageWeights(averaging_callback.AveragingCallback):
             )
         return starts_anew
 
-    def on_epoch_begin(self, epoch, logs=None):
+    def on_epoch_begin(self, epoch: int, logs: Optional[Dict[str, Any]] = None) -> None:
         """Returns to the raw weights."""
         self._rest(averages=False)
         if self._first_epoch:
@@ -261,13 +261,13 @@ class SwapAverageWeights(averaging_callback.AveragingCallback):
             self.optimizer.begin_averaging(int(self.optimizer.iterations.numpy()))
         self._tell("on_epoch_begin", epoch, logs)
 
-    def on_train_batch_begin(self, batch, logs=None):
+    def on_train_batch_begin(self, batch: int, logs: Optional[Dict[str, Any]] = None) -> None:
         """Returns to the raw weights if an evaluation in the middle of the epoch was left."""
         if self._before_evaluation is not None:
             self._rest(averages=False)
         self._tell_of_batch("on_train_batch_begin", batch, logs)
 
-    def on_epoch_end(self, epoch, logs=None):
+    def on_epoch_end(self, epoch: int, logs: Optional[Dict[str, Any]] = None) -> None:
         """With `swap_on_epoch`, puts the averages into the model."""
         if self.swap_on_epoch:
             self._recompute()
@@ -276,7 +276,7 @@ class SwapAverageWeights(averaging_callback.AveragingCallback):
             self.optimizer._averages.leave()  # Training may be broken off here.
         self._tell("on_epoch_end", epoch, logs)
 
-    def on_train_end(self, logs=None):
+    def on_train_end(self, logs: Optional[Dict[str, Any]] = None) -> None:
         """Leaves the averages in the model with `swap_on_epoch`; warns if there are none."""
         self._warn_of_nothing()
         self._recompute()
@@ -290,29 +290,29 @@ class SwapAverageWeights(averaging_callback.AveragingCallback):
     # one after another was left, so its end returns to what the model held before, and the next batch of
     # the outer one brings the averages back.
 
-    def on_test_begin(self, logs=None):
+    def on_test_begin(self, logs: Optional[Dict[str, Any]] = None) -> None:
         """Puts the averages into the model."""
         self._begin_evaluation()
         self._tell("on_test_begin", logs)
 
-    def on_test_batch_begin(self, batch, logs=None):
+    def on_test_batch_begin(self, batch: int, logs: Optional[Dict[str, Any]] = None) -> None:
         """Puts the averages into the model if another evaluation has ended meanwhile."""
         self._begin_batch("on_test_batch_begin", batch, logs)
 
-    def on_test_end(self, logs=None):
+    def on_test_end(self, logs: Optional[Dict[str, Any]] = None) -> None:
         """Returns to what the model held before."""
         self._end_evaluation("on_test_end", logs)
 
-    def on_predict_begin(self, logs=None):
+    def on_predict_begin(self, logs: Optional[Dict[str, Any]] = None) -> None:
         """As `on_test_begin`."""
         self._begin_evaluation()
         self._tell("on_predict_begin", logs)
 
-    def on_predict_batch_begin(self, batch, logs=None):
+    def on_predict_batch_begin(self, batch: int, logs: Optional[Dict[str, Any]] = None) -> None:
         """As `on_test_batch_begin`."""
         self._begin_batch("on_predict_batch_begin", batch, logs)
 
-    def on_predict_end(self, logs=None):
+    def on_predict_end(self, logs: Optional[Dict[str, Any]] = None) -> None:
         """As `on_test_end`."""
         self._end_evaluation("on_predict_end", logs)
 

@@ -39,3 +39,8 @@ __all__ = [
     "WarmUpDecay",
     "half_life",
 ]
+
+
+def __dir__():
+    """The public names: the modules inside are not offered."""
+    return [*__all__, *(name for name in globals() if name.startswith("__"))]

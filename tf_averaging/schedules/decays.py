@@ -44,7 +44,7 @@ class WarmUpDecay(Schedule):
     def __init__(self, decay: float = 0.99):
         self.decay = checked("decay", decay, 0, 1)
 
-    def __call__(self, step) -> tf.Tensor:
+    def __call__(self, step: Any) -> tf.Tensor:
         """The decay (float64) for an update `step` steps after averaging started."""
         step = exact(step)
         return tf.minimum(tf.constant(self.decay, tf.float64), (1 + step) / (10 + step))
@@ -77,7 +77,7 @@ class MomentumAnnealingDecay(Schedule):
         self.momentum = checked("momentum", momentum, 0, 1)
         self.gamma = checked("gamma", gamma, above=0)
 
-    def __call__(self, step) -> tf.Tensor:
+    def __call__(self, step: Any) -> tf.Tensor:
         """The decay (float64) for an update `step` steps after averaging started."""
         share = self.gamma / (self.gamma + exact(step))
         return 1 - tf.maximum(tf.constant(self.momentum, tf.float64), share)
@@ -121,7 +121,7 @@ class InversePowerDecay(Schedule):
         self.min_decay = checked("min_decay", min_decay, 0, 1)
         self.max_decay = checked("max_decay", max_decay, self.min_decay, 1)
 
-    def __call__(self, step) -> tf.Tensor:
+    def __call__(self, step: Any) -> tf.Tensor:
         """The decay (float64) for an update `step` steps after averaging started."""
         step = exact(step)
         decay = 1 - (1 + step / self.gamma) ** -self.power
@@ -163,7 +163,7 @@ class PowerFunctionDecay(Schedule):
     def __init__(self, gamma: float = 6.94):
         self.gamma = checked("gamma", gamma, 0)
 
-    def __call__(self, step) -> tf.Tensor:
+    def __call__(self, step: Any) -> tf.Tensor:
         """The decay (float64) for an update `step` steps after averaging started."""
         return (1 - 1 / (exact(step) + 1)) ** (self.gamma + 1)
 
@@ -193,7 +193,7 @@ class DebiasedDecay(Schedule):
     def __init__(self, decay: float = 0.99):
         self.decay = checked("decay", decay, 0, 1)
 
-    def __call__(self, step) -> tf.Tensor:
+    def __call__(self, step: Any) -> tf.Tensor:
         """The decay (float64) for an update `step` steps after averaging started."""
         step = exact(step)
         if self.decay == 1:

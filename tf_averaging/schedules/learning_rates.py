@@ -55,7 +55,7 @@ class _After(Schedule):
         return {"learning_rate": rate, "start_step": self.start_step}
 
     @classmethod
-    def from_config(cls, config: Dict[str, Any]):
+    def from_config(cls, config: Dict[str, Any]) -> _After:
         """Creates the schedule that `get_config` described.
 
         Args:
@@ -114,7 +114,7 @@ class ConstantLearningRate(_After):
             )
         self.anneal_strategy = anneal_strategy
 
-    def __call__(self, step) -> tf.Tensor:
+    def __call__(self, step: Any) -> tf.Tensor:
         """The learning rate (float32) for the step after `step` steps."""
         since_start = exact(step) - self.start_step
         # At least 1, so that 0 steps jump: the first step has gone all the way then.
@@ -178,7 +178,7 @@ class CyclicalLearningRate(_After):
         self.low = checked("low", low, 0, self.high)
         self.cycle_steps = checked_count("cycle_steps", cycle_steps, minimum=1)
 
-    def __call__(self, step) -> tf.Tensor:
+    def __call__(self, step: Any) -> tf.Tensor:
         """The learning rate (float32) for the step after `step` steps."""
         since_start = exact(step) - self.start_step
         share = (since_start % self.cycle_steps + 1) / self.cycle_steps
