@@ -350,8 +350,14 @@ class TestInputs:
         for data in (tf.data.Dataset.range(0), X[:0], (batch for batch in ())):
             with pytest.raises(ValueError, match="empty|Received none, or an iterator that has ended"):
                 tfav.update_batch_norm(normalizing(keras), data, verbose=0)
-        with pytest.raises(ValueError, match="data=None"):
-            tfav.update_batch_norm(normalizing(keras), None, verbose=0)
+        for data in (None, [], {}):
+            with pytest.raises(ValueError, match=re.escape(f"data={data}")):
+                tfav.update_batch_norm(normalizing(keras), data, verbose=0)
+
+    @pytest.mark.parametrize(("steps", "error"), [(0, ValueError), (-1, ValueError), (1.5, TypeError)])
+    def test_wrong_number_of_steps(self, keras, steps, error):
+        with pytest.raises(error, match=f"`steps`.* steps={steps}"):
+            tfav.update_batch_norm(normalizing(keras), X, steps=steps, verbose=0)
 
 
 def test_model_without_batch_norm_does_not_look_at_the_data(keras):

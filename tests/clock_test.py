@@ -137,6 +137,13 @@ def test_reset_of_a_variable_without_an_average():
         optimizer.reset_averages([tf.Variable(1.0)])
 
 
+def test_reset_in_a_graph():
+    optimizer = tfav.SWA(LEGACY.SGD(1.0), 0, 1)
+    descend(optimizer, [tf.Variable(1.0)])
+    with pytest.raises(RuntimeError, match="reset_averages.*eager mode"):
+        tf.function(optimizer.reset_averages)()
+
+
 @each_keras
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("as_function", [False, True])

@@ -176,6 +176,16 @@ def test_settings_that_do_not_go_together(call, message):
         call()
 
 
+@pytest.mark.parametrize("name", ["average_decay", "average_period", "num_averaged"])
+@pytest.mark.parametrize("module", [keras_3.optimizers, CURRENT, LEGACY])
+def test_what_cannot_be_set(module, name):
+    optimizer = tfav.ExponentialMovingAverage(module.SGD())
+    before = getattr(optimizer, name)
+    with pytest.raises(AttributeError, match=f"`{name}` cannot be set.*create another"):
+        setattr(optimizer, name, 1)
+    assert getattr(optimizer, name) == before
+
+
 @pytest.mark.parametrize("name", ["clipnorm", "clipvalue", "global_clipnorm"])
 def test_negative_clipping(name):
     with pytest.raises(ValueError, match=f"Expected `{name}` to be a number >= 0"):
@@ -687,6 +697,11 @@ class TestWhatHooksReturn:
         with pytest.raises(ValueError, match=message):
             (tf.function(step) if as_function else step)()
         np.testing.assert_array_equal(average_of(optimizer, variable).shape, [2])
+
+    @pytest.mark.parametrize("weight", [None, "0.5"])
+    def test_averaging_weight_that_is_no_number(self, weight):
+        with pytest.raises(TypeError, match=f"`averaging_weight` to return a number.*{weight}"):
+            trained_variable(user_scheme(lambda *clock: weight)(CURRENT.SGD()), 1.0)
 
     def test_averaging_weight_of_wrong_shape(self):
         with pytest.raises(ValueError, match="`averaging_weight` to return a scalar"):

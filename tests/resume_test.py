@@ -518,6 +518,37 @@ class TestWarnings:
             form.resume(new_model(), str(tmp_path))
 
 
+class NotRegistered:
+    def __call__(self, step):
+        return 0.1 / (1.0 + tf.cast(step, tf.float32))
+
+    def get_config(self):
+        return {}
+
+
+@pytest.mark.parametrize("generation", MODULES)
+def test_schedule_that_is_not_registered(tmp_path, generation):
+    """Only a config names it, and a checkpoint restores into an optimizer that is there."""
+    base = {"keras3": keras_3}.get(generation, KERAS).optimizers.schedules.LearningRateSchedule
+    schedule = type("NotRegistered", (NotRegistered, base), {})
+
+    def trained(steps):
+        variable = tf.Variable([1.0, 2.0])
+        optimizer = tfav.SWA(MODULES[generation].SGD(schedule(), momentum=0.9), 1, 2)
+        testing_utils.descend(optimizer, [variable], steps=steps)
+        return variable, optimizer
+
+    variable, optimizer = trained(STEPS_BEFORE)
+    path = tf.train.Checkpoint(variable=variable, optimizer=optimizer).save(tmp_path / "checkpoint")
+    restored, other = trained(1)
+    tf.train.Checkpoint(variable=restored, optimizer=other).restore(path).assert_consumed()
+    for one, its in ((optimizer, variable), (other, restored)):
+        testing_utils.descend(one, [its], steps=STEPS_AFTER)
+    assert other.num_averaged == optimizer.num_averaged > 0
+    assert bits(restored) == bits(variable)
+    assert bits(other.get_average(restored)) == bits(optimizer.get_average(variable))
+
+
 class TestNested:
     """An averaging optimizer around another one: both keep their counts, averages and flags."""
 

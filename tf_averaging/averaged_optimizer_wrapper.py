@@ -195,11 +195,9 @@ class AveragedOptimizerWrapper:
 
         Raises:
           KeyError: if a variable in `var_list` has no average.
-          RuntimeError: if the weights are swapped.
+          RuntimeError: if the weights are swapped, or in a graph.
         """
-        given = None if var_list is None else self._checked_variables(var_list)
-        for one in (side_by_side.in_model(self) or self, *self._everyone()):  # The first one may refuse.
-            one._averages.reset(None if given is None else core_variables.averageable(given))
+        side_by_side.reset(self, var_list)
 
     @core_variables.as_written
     def swap_weights(self, which: int = 0) -> None:
@@ -357,6 +355,7 @@ class AveragedOptimizerWrapper:
 
     def __setattr__(self, name: str, value: Any) -> None:
         if isinstance(getattr(type(self), name, None), property):
+            faces.check_setter(self, name)
             object.__setattr__(self, name, value)  # Keras would look at the old value first.
         elif name.startswith("_") or name in ("name", "built") or not faces.is_setting(self, name):
             super().__setattr__(name, value)

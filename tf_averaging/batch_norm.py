@@ -33,6 +33,7 @@ from tf_averaging.averaging_optimizer import find_averaging_optimizer
 from tf_averaging.core import variables as core_variables
 from tf_averaging.core.averages import Averages
 from tf_averaging.core.status import averages_of
+from tf_averaging.core.status import checked_count
 
 
 def update_batch_norm(
@@ -103,10 +104,10 @@ def update_batch_norm(
         for `model(inputs, training=True)`. Other models that it calls are not put back.
 
     Raises:
-      TypeError: if `model` is not a Keras model, or `forward` is not callable.
-      ValueError: if the model has not been built, there is no data, `optimizer` averages nothing or
-        another model, or the averages of an optimizer that is neither given nor compiled are in the
-        model.
+      TypeError: if `model` is not a Keras model, `steps` not an int, or `forward` not callable.
+      ValueError: if the model has not been built, there is no data, `steps` is not positive,
+        `optimizer` averages nothing or another model, or the averages of an optimizer that is neither
+        given nor compiled are in the model.
     """
     classes = _batch_norm_classes(model)
     if forward is not None and not callable(forward):
@@ -123,8 +124,10 @@ def update_batch_norm(
             "The model has not been built, so its BatchNormalization layers have no statistics yet. "
             "Expected a model that has an input shape or was called on data."
         )
-    if data is None:
-        raise ValueError("Expected data to compute the statistics of. Received: data=None")
+    if data is None or (isinstance(data, (list, tuple, dict)) and not data):
+        raise ValueError(f"Expected data to compute the statistics of. Received: data={data!r}")
+    if steps is not None:
+        checked_count("steps", steps, minimum=1)
     averages = _averages(model, given)
     with model.distribute_strategy.scope():
         sums = [_Sums(layer) for layer in layers]

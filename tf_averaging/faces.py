@@ -336,14 +336,7 @@ def _checked(settings: Dict[str, Any]) -> Dict[str, Any]:
 
 
 def _configured(optimizer: Any, own: Dict[str, Any], settings: Dict[str, Any], one_of: Tuple[str, ...]):
-    """Sets what `own` leaves unset, and checks the rest for contradictions.
-
-    Args:
-      optimizer: the inner optimizer.
-      own: its settings.
-      settings: those to set.
-      one_of: the kinds of clipping of which it can have one.
-    """
+    """Sets what `own` leaves unset, and checks the rest. It can have `one_of` some kinds of clipping."""
     if settings and hasattr(optimizer, "optimizers"):
         raise ValueError(
             "A `MultiOptimizer` has no settings of its own. Expected them where its parts are created. "
@@ -399,6 +392,15 @@ def get_of_inner(optimizer: Any, name: str) -> Any:
     if name.startswith("_"):
         raise AttributeError(f"{type(optimizer).__name__!r} object has no attribute {name!r}")
     return getattr(optimizer.inner_optimizer, name)
+
+
+def check_setter(optimizer: Any, name: str) -> None:
+    """Refuses to set what is fixed."""
+    if getattr(type(optimizer), name).fset is None:
+        raise AttributeError(
+            f"`{name}` cannot be set: it is state, or an argument that the constructor was given. To "
+            f"change an argument create another {type(optimizer).__name__}, around the same optimizer."
+        )
 
 
 def is_setting(optimizer: Any, name: str) -> bool:

@@ -27,6 +27,7 @@ import tensorflow as tf
 
 from tf_averaging.core.status import UPDATE_WHILE_SWAPPED_ERROR
 from tf_averaging.core.variables import after
+from tf_averaging.core.variables import averageable
 
 
 class Others(NamedTuple):
@@ -67,6 +68,15 @@ def update_by_hand(optimizer: Any, weight: Any) -> None:
     with after(*check_not_swapped(optimizer, UPDATE_WHILE_SWAPPED_ERROR)):
         for one in optimizer._everyone():
             one._updates.by_hand(weight, step)
+
+
+def reset(optimizer: Any, variables: Any) -> None:
+    """Resets all averages, or none if some are in the model."""
+    if not tf.executing_eagerly():
+        raise RuntimeError("Expected the call of `reset_averages` in eager mode, not in a `tf.function`.")
+    chosen = None if variables is None else averageable(optimizer._checked_variables(variables))
+    for one in (in_model(optimizer) or optimizer, *optimizer._everyone()):  # The first one may refuse.
+        one._averages.reset(chosen)
 
 
 # The class that a scheme becomes asks for these if an argument of its constructor is a list.

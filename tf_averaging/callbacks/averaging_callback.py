@@ -88,6 +88,7 @@ def follow(optimizer: AveragedOptimizerWrapper, model: Any) -> None:
     One that the model is not compiled with may train a part of it alone, as in a GAN. It averages what it
     was told to, or what it trains.
     """
+    kerases.check_same_keras(optimizer.keras, model)
     selection = optimizer._updates.selection
     is_told = selection.is_fixed or selection.model is not None or selection.trainable_only
     if find_averaging_optimizer(model) is optimizer or not is_told:

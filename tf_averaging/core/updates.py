@@ -423,7 +423,11 @@ def _check_in_range(weight) -> Optional[tf.Operation]:
 
 def _checked_weight(weight, shape: tf.TensorShape) -> tf.Tensor:
     """What a scheme returned as float64, which must be a scalar or of this shape."""
-    weight = tf.cast(weight, tf.float64)
+    try:
+        weight = tf.cast(weight, tf.float64)
+    except (TypeError, ValueError, tf.errors.UnimplementedError):
+        expected = "Expected `averaging_weight` to return a number or a float tensor."
+        raise TypeError(f"{expected} Received: {weight!r}") from None
     if weight.shape.rank != 0 and not weight.shape.is_compatible_with(shape):
         raise ValueError(
             f"Expected `averaging_weight` to return a scalar, or a vector of shape {shape}, one element "
