@@ -577,6 +577,20 @@ def test_nested_wrappers_in_fit():
 # Reading.
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("as_function", [False, True], ids=["eager", "function"])
+def test_reading_writes_nothing(keras, dtype, as_function):
+    """Otherwise a step on another thread could fold into what is overwritten then."""
+    variable = tf.Variable([1.0], dtype=dtype)
+    optimizer = tfav.SWA(keras.optimizers.SGD(), 100)
+    optimizer.shadow_copy([variable])
+    slot = optimizer.get_slot(variable, "average")
+    variable.assign([2.0])
+    read = lambda: optimizer.get_average(variable)  # noqa: E731
+    assert (tf.function(read) if as_function else read)().numpy() == 2.0
+    assert slot.numpy() == 1.0
+
+
 def test_reading_on_another_thread(keras):
     """Averages are read while a step runs, one by one and as a model; nothing is swapped for it."""
     steps, read, stopped, errors = 20, threading.Semaphore(0), threading.Event(), []

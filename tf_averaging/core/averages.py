@@ -266,18 +266,20 @@ class Averages:
         return [pair for pair, _ in found], [place for _, place in found]
 
     def read(self, variable: tf.Variable) -> tf.Tensor:
-        """The average of `variable`, wherever it is now: in its slot, or while swapped in the model."""
+        """The average of `variable`, wherever it is: in its slot or the model. Nothing is changed for it."""
         if isinstance(variable, core_variables.ShardedVariable):
             return tf.concat([self.read(shard) for shard in variable.variables], axis=0)
-        slots = self.slots[variable]
+        slots, swapped = self.slots[variable], self.is_swapped()
         rows = self.rows.get(variable)
-        with core_variables.after(*self.follow_weights()):
-            if slots.stash is not None:
-                return tf.convert_to_tensor(slots.average)
-            # Both are read: across replicas that may take all of them, which a conditional must not.
-            in_model = tf.convert_to_tensor(slots.variable)
-            in_slot = tf.convert_to_tensor(slots.average) if rows is None else rows.value()
-            return tf.where(self.is_swapped(), in_model, in_slot)
+        # Both are read: across replicas that may take all of them, which a conditional must not.
+        in_slot = tf.convert_to_tensor(slots.average) if rows is None else rows.value()
+        in_model = tf.cast(tf.convert_to_tensor(slots.variable), in_slot.dtype)
+        # An average of another dtype stays in its slot while it is shown.
+        is_in_model = swapped if slots.stash is None else tf.constant(False)
+        if slots.kind == "average":
+            is_empty = tf.equal(self.status.clock_value(variable)[1], 0)
+            is_in_model |= tf.logical_and(is_empty, tf.logical_not(swapped))
+        return tf.where(is_in_model, in_model, in_slot)
 
     def load(self, slots: Slots, average: Any, stash: Optional[Any], clock: Clock) -> None:
         """Sets the slots of one variable to arrays, and its clock (eager mode)."""

@@ -274,7 +274,7 @@ class Status:
         """The same as an int64 tensor of shape [2]."""
         self._place()
         clocks, place = self._place_of(variable)
-        return core_variables.read(core_variables.all_components(clocks)[0])[:, place]
+        return core_variables.read_here(clocks)[:, place]
 
     def set_clock(self, variable: tf.Variable, clock: Clock) -> None:
         """Sets the clock of one variable, on all replicas (eager mode)."""
