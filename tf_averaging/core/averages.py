@@ -269,6 +269,7 @@ class Averages:
         """The average of `variable`, wherever it is: in its slot or the model. Nothing is changed for it."""
         if isinstance(variable, core_variables.ShardedVariable):
             return tf.concat([self.read(shard) for shard in variable.variables], axis=0)
+        self._settle()
         slots, swapped = self.slots[variable], self.is_swapped()
         rows = self.rows.get(variable)
         # Both are read: across replicas that may take all of them, which a conditional must not.
