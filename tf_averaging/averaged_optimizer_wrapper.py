@@ -354,8 +354,9 @@ class AveragedOptimizerWrapper:
         return faces.get_of_inner(self, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if isinstance(getattr(type(self), name, None), property):
-            faces.check_setter(self, name)
+        if isinstance(found := getattr(type(self), name, None), property):
+            if found.fset is None:
+                faces.refuse_to_set(self, name)
             object.__setattr__(self, name, value)  # Keras would look at the old value first.
         elif name.startswith("_") or name in ("name", "built") or not faces.is_setting(self, name):
             super().__setattr__(name, value)

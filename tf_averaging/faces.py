@@ -394,13 +394,12 @@ def get_of_inner(optimizer: Any, name: str) -> Any:
     return getattr(optimizer.inner_optimizer, name)
 
 
-def check_setter(optimizer: Any, name: str) -> None:
-    """Refuses to set what is fixed."""
-    if getattr(type(optimizer), name).fset is None:
-        raise AttributeError(
-            f"`{name}` cannot be set: it is state, or an argument that the constructor was given. To "
-            f"change an argument create another {type(optimizer).__name__}, around the same optimizer."
-        )
+def refuse_to_set(optimizer: Any, name: str) -> None:
+    """An AttributeError: what it is about is fixed."""
+    raise AttributeError(
+        f"`{name}` cannot be set: it is state, or an argument that the constructor was given. To change "
+        f"an argument create another {type(optimizer).__name__}, around the same optimizer."
+    )
 
 
 def is_setting(optimizer: Any, name: str) -> bool:

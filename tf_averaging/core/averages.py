@@ -266,7 +266,7 @@ class Averages:
         return [pair for pair, _ in found], [place for _, place in found]
 
     def read(self, variable: tf.Variable) -> tf.Tensor:
-        """The average of `variable`, wherever it is: in its slot or the model. Nothing is changed for it."""
+        """The average of `variable`, wherever it is: in its slot or the model. It changes nothing."""
         if isinstance(variable, core_variables.ShardedVariable):
             return tf.concat([self.read(shard) for shard in variable.variables], axis=0)
         self._settle()

@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Callable, Dict, Hashable, Iterator, List, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, Hashable, List, Optional, Sequence, Tuple, Union
 
 import tensorflow as tf
 
@@ -62,6 +62,9 @@ _STAND_INS = "_tf_averaging_stand_ins"
 # variable costs about 10 ms once, and a small fold is over before the difference shows.
 MIN_BYTES_TO_COMPILE = 1 << 16
 
+# So many variables of one layout are folded by one call of a function.
+AT_A_TIME = 16
+
 
 # What is done with the pairs of one device.
 
@@ -75,7 +78,7 @@ def copy_chosen(pairs: Sequence[Pair], weights: tf.Tensor) -> list:
     """Sets the averages whose weight is 1 to their variables, whatever they were."""
     is_one = tf.equal(weights, 1.0)
     if is_compiled_whole() or not _are_here(pairs):
-        return _in_turn(
+        return _for_each(
             pairs,
             list(zip([average for average, _ in pairs], tf.unstack(is_one, num=len(pairs)))),
             lambda pair, value, old: assign(pair[0], tf.where(pair[1], value, old)),
@@ -85,11 +88,7 @@ def copy_chosen(pairs: Sequence[Pair], weights: tf.Tensor) -> list:
 
 
 def _copy_in_a_loop(pairs: Sequence[Pair], chosen: tf.Tensor, average_dtype, dtype) -> tf.Tensor:
-    """Copies the chosen pairs of these dtypes, one after the other.
-
-    This happens a few times in a training. An operation for each variable would lengthen the tracing of
-    every step.
-    """
+    """Copies the chosen pairs of these dtypes. It happens a few times only: few operations are best."""
     places = [i for i, (a, v) in enumerate(pairs) if (a.dtype, v.dtype) == (average_dtype, dtype)]
     averages, variables = (tf.stack([pairs[place][i].handle for place in places]) for i in (0, 1))
     places = tf.reshape(tf.where(tf.gather(chosen, places)), [-1])
@@ -128,18 +127,14 @@ def fold(
     """Folds the variables into the averages, in one pass over the memory.
 
     Large variables go through one function that XLA compiles. It reads and writes every value once and
-    needs no memory beside the averages. Small variables, remote ones, and all of them where there is no
-    XLA go through plain operations. Both give the same numbers up to rounding.
+    needs no memory beside the averages. Small variables, remote ones (whose values would move to this
+    machine), and all of them where there is no XLA go through plain operations. Both give the same
+    numbers up to rounding.
 
     Args:
       pairs: averages and variables, on one device.
-      weights: float64 vector, one element for each pair. It is cast once to the averages' dtypes. Where
-        it is 1 the average must be the variable already (`copy_chosen`), and stays as it is.
-      jit_compile: `"auto"`, or a bool that forces one way or the other. Remote variables are never
-        compiled: their values would move to this machine.
-
-    Returns:
-      The operations and tensors that are ready when it is done.
+      weights: float64 vector, one element for each pair; see `interpolate`.
+      jit_compile: `"auto"`, or a bool that forces one way or the other.
     """
     compiled = [place for place, pair in enumerate(pairs) if pays_to_compile(pair[0], jit_compile)]
     plain = sorted(set(range(len(pairs))) - set(compiled))
@@ -153,10 +148,34 @@ def fold(
 
         function = tf.function(fold_compiled, jit_compile=True, autograph=False)
         with tf.device(chosen[0][0].device):
-            done.append(function(_elements(weights, compiled, len(pairs)), *handles_of(chosen)))
+            done.append(function(for_each_pair(weights, compiled), *handles_of(chosen)))
     if plain:
-        done += interpolate([pairs[place] for place in plain], _elements(weights, plain, len(pairs)))
+        interpolate_them = _interpolate_by_layout if _are_here(pairs) else interpolate
+        done += interpolate_them([pairs[place] for place in plain], for_each_pair(weights, plain))
     return done
+
+
+def _interpolate_by_layout(pairs: Sequence[Pair], weights: tf.Tensor) -> list:
+    """`interpolate`, where many are alike by one function for some at a time, which is traced once.
+
+    An operation takes longer to trace than to run on a small variable: a second or more for a thousand.
+    """
+    groups = [
+        places[begin : begin + AT_A_TIME]
+        for places in _grouped(pairs, lambda pair: _layout([pair])).values()
+        for begin in range(0, len(places), AT_A_TIME)
+        if len(places) > AT_A_TIME
+    ]
+    others = sorted(set(range(len(pairs))).difference(*groups))
+    functions, room = DeviceFunctions(), sum(_bytes(average) for average, _ in pairs) / 64
+
+    def begin(group: int) -> tf.Tensor:
+        chosen = [pairs[place] for place in groups[group]]
+        return done(functions(chosen, [interpolate], None, tf.gather(weights, groups[group])))
+
+    # In each group one variable waits for the other.
+    called = _in_turn([_bytes(pairs[group[0]][0]) for group in groups], room, begin)
+    return called + interpolate([pairs[place] for place in others], for_each_pair(weights, others))
 
 
 def interpolate(pairs: Sequence[Pair], weights: tf.Tensor) -> list:
@@ -174,7 +193,7 @@ def interpolate(pairs: Sequence[Pair], weights: tf.Tensor) -> list:
         return subtract(average, tf.math.multiply_no_nan(old - value, weight))
 
     arguments = [(average, cast[average.dtype][place]) for place, (average, _) in enumerate(pairs)]
-    return _in_turn(pairs, arguments, write)
+    return _for_each(pairs, arguments, write)
 
 
 def update(pairs: Sequence[Pair], new_value: Callable[[int, tf.Tensor, tf.Tensor], tf.Tensor]) -> list:
@@ -189,35 +208,41 @@ def update(pairs: Sequence[Pair], new_value: Callable[[int, tf.Tensor, tf.Tensor
             )
         return assign(pairs[place][0], new)
 
-    return _in_turn(pairs, range(len(pairs)), write)
+    return _for_each(pairs, range(len(pairs)), write)
 
 
-def _in_turn(pairs: Sequence[Pair], arguments: Sequence, write: Callable) -> list:
+def _for_each(pairs: Sequence[Pair], arguments: Sequence, write: Callable) -> list:
     """Calls `write(argument, variable's value, average's value)` for each pair, on its device."""
-    operations: List[Optional[tf.Operation]] = []
-    for (average, variable), argument, earlier in zip(pairs, arguments, _waits_for(pairs)):
-        ready = [] if earlier is None else [operations[earlier]]
-        with after(*ready), tf.device(average.device):
-            value = tf.cast(read(variable), average.dtype)
-            operations.append(write(argument, value, read(average)))
-    return operations
+
+    def begin(place: int):
+        average, variable = pairs[place]
+        with tf.device(average.device):
+            return write(arguments[place], tf.cast(read(variable), average.dtype), read(average))
+
+    sizes = [_bytes(average) for average, _ in pairs]
+    return _in_turn(sizes, sum(sizes) / 64, begin)
 
 
-def _waits_for(pairs: Sequence[Pair]) -> Iterator[Optional[int]]:
-    """For each pair the index of the one that must be done before it, None for those that come first.
+def _in_turn(sizes: Sequence[int], room: float, begin: Callable[[int], Any]) -> list:
+    """Calls `begin(place)` for works that need so much memory, each when there is room for it.
 
-    What is under way needs memory for its arithmetic. This keeps it to 1/64 of the averages, or to one
-    variable, where that is larger.
+    What is under way needs memory for its arithmetic. A room of 1/64 of the averages keeps it to that, or
+    to one variable, where that is larger.
     """
-    sizes = [(average.shape.num_elements() or 0) * average.dtype.size for average, _ in pairs]
-    room = sum(sizes) / 64
+    begun: List[Any] = []
     under_way, first = 0, 0
-    for index, size in enumerate(sizes):
+    for place, size in enumerate(sizes):
         under_way += size
-        while first < index and under_way > room:
+        while first < place and under_way > room:
             under_way -= sizes[first]
             first += 1
-        yield first - 1 if first else None
+        with after(*begun[:first][-1:]):
+            begun.append(begin(place))
+    return begun
+
+
+def _bytes(average: Component) -> int:
+    return (average.shape.num_elements() or 0) * average.dtype.size
 
 
 def pays_to_compile(average: Component, jit_compile: Union[bool, str]) -> bool:
@@ -281,7 +306,7 @@ class DeviceFunctions:
 
         Args:
           pairs: averages and variables.
-          works: what may be done. Compared by identity, so the same objects must come on every call.
+          works: what may be done, the same objects on every call: they are compared by identity.
           choice: scalar int32 tensor, which of them; None for the first.
           weights: float64 vector, one element for each pair; None for zeros.
 
@@ -289,19 +314,19 @@ class DeviceFunctions:
           What must run before anything that follows.
         """
         done = []
-        for device, places in _by_device(pairs).items():
+        weights = tf.zeros([len(pairs)], tf.float64) if weights is None else weights
+        for device, places in _grouped(pairs, lambda pair: pair[0].device).items():
             group = [pairs[place] for place in places]
             is_here = _are_here(group)
             with tf.device(device):
-                inputs = [_elements(weights, places, len(pairs)), *_inputs(group, is_here)]
+                inputs = [for_each_pair(weights, places), *_inputs(group, is_here)]
                 functions = [self._function(work, group, inputs) for work in works]
                 done.append(_call_one(functions, choice, inputs, is_here))
         return done
 
     def _function(self, work: Work, pairs: Sequence[Pair], inputs: Sequence[tf.Tensor]) -> Callable:
         """The work as a function of such inputs, for all pairs of these dtypes, shapes and device."""
-        layout = tuple(component[1:] for pair in pairs for component in pair)
-        key = (work, layout, len(inputs))
+        key = (work, _layout(pairs), len(inputs))
         if key not in self._functions:
 
             def on_handles(weights, *packed):
@@ -315,18 +340,17 @@ class DeviceFunctions:
         return self._functions[key]
 
 
-def _by_device(pairs: Sequence[Pair]) -> Dict[str, List[int]]:
-    """The places of the pairs, by the device of the average."""
-    places: Dict[str, List[int]] = {}
-    for place, (average, _) in enumerate(pairs):
-        places.setdefault(average.device, []).append(place)
+def _layout(pairs: Sequence[Pair]) -> Hashable:
+    """What a function that does work with pairs depends on: all but the handles."""
+    return tuple(component[1:] for pair in pairs for component in pair)
+
+
+def _grouped(pairs: Sequence[Pair], key: Callable[[Pair], Hashable]) -> Dict[Any, List[int]]:
+    """The places of the pairs, by a key of each."""
+    places: Dict[Any, List[int]] = {}
+    for place, pair in enumerate(pairs):
+        places.setdefault(key(pair), []).append(place)
     return places
-
-
-def _elements(weights: Optional[tf.Tensor], places: Sequence[int], length: int) -> tf.Tensor:
-    if weights is None:
-        return tf.zeros([len(places)], tf.float64)
-    return weights if len(places) == length else tf.gather(weights, places)
 
 
 def _call_one(functions, choice, inputs, is_here: bool) -> tf.Tensor:
@@ -382,16 +406,7 @@ def _unpack(inputs: Sequence[tf.Tensor]) -> List[tf.Tensor]:
 
 @auto_control_deps.register_acd_resource_resolver
 def _add_packed_variables(op: tf.Operation, reads: set, writes: set) -> bool:
-    """Adds what stands for the variables that an operation gets packed to what it is known to write.
-
-    Args:
-      op: an operation of a function's graph.
-      reads: `tf.resource` tensors of the graph that the operation reads from.
-      writes: those that it may write to; changed in place.
-
-    Returns:
-      Whether there were any to add.
-    """
+    """Adds what stands for the variables that an operation gets packed to `writes`; whether any was."""
     del reads
     if not any(tensor.shape.rank == 1 for tensor in writes):
         return False
