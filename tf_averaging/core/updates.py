@@ -375,6 +375,7 @@ class Updates:
         rows_done = self._fold_rows(moving, by_clock)
         chosen = for_each_pair(by_clock, places)
         with after(*on_devices(pairs, [fold.nothing, fold.copy_chosen], copies, chosen)):
+            # A call would become part of the graph around it, and take as long to optimize as to trace.
             choice = tf.cast(self.averages.status.is_valid() if due is True else due, tf.int32)
             return rows_done + on_devices(pairs, [fold.nothing, fold_all], choice, chosen)
 
