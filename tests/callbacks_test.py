@@ -682,9 +682,7 @@ class TestErrors:
         with pytest.raises(ValueError, match="keeps no averages.*SGD"):
             tfav.callbacks.SwapAverageWeights(optimizer=keras.optimizers.SGD())
         other = tf_keras if keras is keras_3 else keras_3
-        optimizer = tfav.SWA(other.optimizers.SGD())
-        optimizer.shadow_copy([tf.Variable(1.0)])
-        swap = tfav.callbacks.SwapAverageWeights(optimizer=optimizer)
+        swap = tfav.callbacks.SwapAverageWeights(optimizer=tfav.SWA(other.optimizers.SGD()))
         with pytest.raises(TypeError, match="Received what comes from"):
             compiled(keras).fit(X, Y, callbacks=[swap], **FIT)
 

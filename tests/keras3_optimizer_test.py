@@ -146,6 +146,17 @@ def test_parts_that_accumulate_different_numbers_of_gradients():
     assert averages[11] == (-26 / 8, -(0 + 1 + 1 + 2 + 2 + 3 + 3 + 4) / 8, 8)
 
 
+@pytest.mark.parametrize("steps_of_unused", [None, 2])
+def test_part_that_trains_nothing_counts_no_moves(steps_of_unused):
+    unused = SGD(1.0, gradient_accumulation_steps=steps_of_unused)
+    inner = OPTIMIZERS.OptimizerMap(SGD(1.0, gradient_accumulation_steps=3), {"nothing/.*": unused})
+    optimizer, variable = tfav.SWA(OPTIMIZERS.MultiOptimizer(inner), 0, 1), keras_3.Variable(0.0)
+    for _ in range(6):
+        optimizer.apply([tf.constant(1.0)], [variable])
+    assert optimizer.num_averaged == 2
+    assert optimizer.get_average(variable) == -1.5
+
+
 @pytest.mark.parametrize("follow", [False, True])
 def test_variables_that_gradients_overwrite_are_passed_over(follow):
     class Layer(keras_3.layers.Layer):
@@ -462,6 +473,10 @@ def test_settings_of_a_multi_optimizer(settings):
     inner = OPTIMIZERS.MultiOptimizer(OPTIMIZERS.OptimizerMap(SGD()))
     with pytest.raises(ValueError, match="Expected them where its parts are created"):
         tfav.SWA(inner, **settings)
+    optimizer = tfav.SWA(inner)
+    for name, value in settings.items():
+        with pytest.raises((AttributeError, ValueError), match="MultiOptimizer"):
+            setattr(optimizer, name, value)
 
 
 @pytest.mark.parametrize(

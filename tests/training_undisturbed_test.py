@@ -577,6 +577,26 @@ def test_nested_wrappers_in_fit():
 # Reading.
 
 
+@pytest.mark.parametrize("swapped", [False, True])
+@pytest.mark.parametrize("steps", [0, 3])
+def test_reading_where_keras_casts_variables(keras, steps, swapped):
+    class Reads(keras.layers.Dense):
+        def call(self, inputs):
+            return tf.cast(optimizer.get_average(self.kernel), tf.float32)
+
+    layer = Reads(2, dtype="mixed_float16")
+    layer.build([None, 3])
+    optimizer = tfav.SWA(keras.optimizers.SGD(0.1))
+    optimizer.shadow_copy([layer.kernel])
+    for _ in range(steps):
+        optimizer.apply_gradients([(tf.fill([3, 2], 1.0), layer.kernel)])
+    if swapped:
+        optimizer.swap_weights()
+    expected = optimizer.get_average(layer.kernel).numpy()
+    assert (expected != expected.astype(np.float16)).any()
+    np.testing.assert_array_equal(layer(tf.ones([1, 3], tf.float16)), expected)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize("as_function", [False, True], ids=["eager", "function"])
 def test_reading_writes_nothing(keras, dtype, as_function):

@@ -212,18 +212,19 @@ def deserialize(
     face = _face(keras_name or _keras_name(config))
     if "module" in config:
         read = face.keras.saving.deserialize_keras_object
-        custom_objects = {**_class_by_bare_name(face, config), **(custom_objects or {})}
+        custom_objects = {**_classes_by_name(face, config), **(custom_objects or {})}
     else:
         read = face.deserialize_without_module
     return read_config(read, config, custom_objects)
 
 
-def _class_by_bare_name(face: Any, config: Dict[str, Any]) -> Dict[str, type]:
-    """The class that a config means, by the name under which tf_keras looks for it in `.h5` files."""
-    known = face.keras.saving.get_registered_object(config.get("registered_name"))
-    if known is None:
-        known = getattr(face.modules.get(str(config["module"])), str(config.get("class_name")), None)
-    return {} if known is None else {config["class_name"]: known}
+def _classes_by_name(face: Any, config: Dict[str, Any]) -> Dict[str, Any]:
+    """The classes that a config and those in it mean, by the names that tf_keras knows in `.h5` files."""
+    own = getattr(face.modules.get(str(config["module"])), str(config.get("class_name")), None)
+    found = {} if own is None else {config["class_name"]: own}
+    for one in (config, *config["config"].values()):
+        found.update(kerases.registered_by_name(face.keras, one) if isinstance(one, dict) else {})
+    return found
 
 
 def read_config(read, config: Dict[str, Any], custom_objects: Optional[Dict[str, Any]]) -> Any:
@@ -231,16 +232,15 @@ def read_config(read, config: Dict[str, Any], custom_objects: Optional[Dict[str,
 
     Raises:
       TypeError: as Keras does.
-      ValueError: as Keras does, or if it fails in any other way, as it may on a config that is not what
-        it should be: an object in it is not looked at before it is used.
+      ValueError: as Keras does, or if it fails in any other way: what is in a config may be anything.
     """
     try:
         return read(_copy_containers(config), custom_objects=custom_objects)
     except (TypeError, ValueError):
         raise
     except Exception as error:
-        received = reprlib.repr(config)  # It may be nested too deeply to be shown.
-        raise ValueError(f"Expected the config of a Keras object. Received: {received}") from error
+        # It may be nested too deeply to be shown.
+        raise ValueError(f"Expected a Keras object's config. Received: {reprlib.repr(config)}") from error
 
 
 def _copy_containers(config: Any) -> Any:
@@ -337,11 +337,7 @@ def _checked(settings: Dict[str, Any]) -> Dict[str, Any]:
 
 def _configured(optimizer: Any, own: Dict[str, Any], settings: Dict[str, Any], one_of: Tuple[str, ...]):
     """Sets what `own` leaves unset, and checks the rest. It can have `one_of` some kinds of clipping."""
-    if settings and hasattr(optimizer, "optimizers"):
-        raise ValueError(
-            "A `MultiOptimizer` has no settings of its own. Expected them where its parts are created. "
-            f"Received: {settings}"
-        )
+    _check_has_settings(optimizer, settings)
     if "decay" in settings and not hasattr(optimizer, "_initial_decay"):
         raise ValueError(
             "`decay` exists in legacy optimizers only. Expected a "
@@ -358,16 +354,23 @@ def _configured(optimizer: Any, own: Dict[str, Any], settings: Dict[str, Any], o
                 f"Received: {name}={_shown(value)}"
             )
     unset = {name: value for name, value in settings.items() if own.get(name) is None}
-    clipping = {name: settings.get(name, getattr(optimizer, name)) for name in one_of}
-    clipping = {name: value for name, value in clipping.items() if value is not None}
-    if len(clipping) > 1:
-        raise ValueError(f"Expected at most one of {one_of} to be set. Received: {clipping}")
+    set_ = [name for name in one_of if settings.get(name, getattr(optimizer, name)) is not None]
+    if len(set_) > 1:
+        raise ValueError(f"Expected at most one of {one_of} to be set. Received values of {set_}")
     if unset.keys() - set(CLIPPING):
         # A new optimizer: a schedule cannot take the place of a learning rate once it is a variable.
         return type(optimizer).from_config({**optimizer.get_config(), **unset})
     for name, value in unset.items():
         setattr(optimizer, name, value)
     return optimizer
+
+
+def _check_has_settings(optimizer: Any, settings: Dict[str, Any]) -> None:
+    if hasattr(optimizer, "optimizers") and not settings.keys().isdisjoint(SETTINGS):
+        raise ValueError(
+            "A `MultiOptimizer` has no settings of its own. Expected them where its parts are created. "
+            f"Received: {settings}"
+        )
 
 
 def _same(own: Any, value: Any) -> bool:
@@ -395,7 +398,6 @@ def get_of_inner(optimizer: Any, name: str) -> Any:
 
 
 def refuse_to_set(optimizer: Any, name: str) -> None:
-    """An AttributeError: what it is about is fixed."""
     raise AttributeError(
         f"`{name}` cannot be set: it is state, or an argument that the constructor was given. To change "
         f"an argument create another {type(optimizer).__name__}, around the same optimizer."
@@ -418,6 +420,7 @@ def set_on_inner(optimizer: Any, name: str, value: Any) -> None:
             f"of `fit`. Expected `use_ema=False`: the wrapper keeps the average. Received: {value!r}"
         )
     kerases.check_schedule(optimizer.keras, name, value)
+    _check_has_settings(optimizer.inner_optimizer, {name: value})
     setattr(optimizer.inner_optimizer, name, value)
 
 

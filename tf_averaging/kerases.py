@@ -89,12 +89,16 @@ def register(package: str) -> Callable[[type], type]:
 
     def decorate(cls: type) -> type:
         for keras in available():
-            if keras.__name__ == "tf_keras":  # In an `.h5` file it names the class alone.
-                keras.saving.get_custom_objects().setdefault(cls.__name__, cls)
             keras.saving.register_keras_serializable(package)(cls)
         return cls
 
     return decorate
+
+
+def registered_by_name(keras: ModuleType, config: Dict[str, Any]) -> Dict[str, Any]:
+    """The registered class that a config means, by the name under which tf_keras reads `.h5` files."""
+    known = keras.saving.get_registered_object(config.get("registered_name"))
+    return {} if known is None else {config["class_name"]: known}
 
 
 def is_schedule(thing: object) -> bool:
@@ -116,6 +120,7 @@ def deserialize_schedule(config: Dict[str, Any], custom_objects: Optional[Dict[s
     config = dict(config)
     known = {keras.__name__: keras for keras in available()}
     keras = known.get(config.pop("keras", None), available()[-1])
+    custom_objects = {**registered_by_name(keras, config), **(custom_objects or {})}
     return keras.optimizers.schedules.deserialize(config, custom_objects=custom_objects)
 
 

@@ -88,8 +88,9 @@ def follow(optimizer: AveragedOptimizerWrapper, model: Any) -> None:
     One that the model is not compiled with may train a part of it alone, as in a GAN. It averages what it
     was told to, or what it trains.
     """
-    kerases.check_same_keras(optimizer.keras, model)
     selection = optimizer._updates.selection
+    if not selection.is_fixed:  # A list of variables may be of anything.
+        kerases.check_same_keras(optimizer.keras, model)
     is_told = selection.is_fixed or selection.model is not None or selection.trainable_only
     if find_averaging_optimizer(model) is optimizer or not is_told:
         optimizer.shadow_copy(model)

@@ -270,17 +270,17 @@ class Averages:
         if isinstance(variable, core_variables.ShardedVariable):
             return tf.concat([self.read(shard) for shard in variable.variables], axis=0)
         self._settle()
-        slots, swapped = self.slots[variable], self.is_swapped()
-        rows = self.rows.get(variable)
-        # Both are read: across replicas that may take all of them, which a conditional must not.
-        in_slot = tf.convert_to_tensor(slots.average) if rows is None else rows.value()
-        in_model = tf.cast(tf.convert_to_tensor(slots.variable), in_slot.dtype)
+        slots, rows = self.slots[variable], self.rows.get(variable)
+        # In this order: a step on another thread may come between. And both are read in any case: across
+        # replicas that may take all of them, which a conditional must not.
+        in_model, swapped = core_variables.value(slots.variable), self.is_swapped()
         # An average of another dtype stays in its slot while it is shown.
         is_in_model = swapped if slots.stash is None else tf.constant(False)
         if slots.kind == "average":
             is_empty = tf.equal(self.status.clock_value(variable)[1], 0)
             is_in_model |= tf.logical_and(is_empty, tf.logical_not(swapped))
-        return tf.where(is_in_model, in_model, in_slot)
+        in_slot = tf.convert_to_tensor(slots.average) if rows is None else rows.value()
+        return tf.where(is_in_model, tf.cast(in_model, in_slot.dtype), in_slot)
 
     def load(self, slots: Slots, average: Any, stash: Optional[Any], clock: Clock) -> None:
         """Sets the slots of one variable to arrays, and its clock (eager mode)."""

@@ -56,8 +56,7 @@ class Component(NamedTuple):
 
     Attributes:
       handle: scalar `tf.resource` tensor; or the value, where that was fetched from another device.
-      dtype: the dtype in which the value is stored (not the one mixed precision casts it to).
-      shape: static shape, possibly unknown.
+      dtype, shape: as the value is stored (not as mixed precision casts it); the shape may be unknown.
       device: where the value lives, as a device string.
     """
 
@@ -97,7 +96,7 @@ def all_components(variable: tf.Variable) -> List[Component]:
 
 def _component(variable: tf.Variable) -> Component:
     handle = variable.handle
-    # The `dtype` of an autocast variable depends on where it is read. What it stores is its `true_dtype`.
+    # Where Keras casts a variable its `dtype` depends on the place. What is stored is its `true_dtype`.
     dtype = getattr(variable, "true_dtype", variable.dtype)
     return Component(handle, dtype, variable.shape, handle.device or variable.device)
 
@@ -141,6 +140,11 @@ def copy(pairs: Iterable[Tuple[Component, Component]]) -> None:
 def read_here(variable: tf.Variable) -> tf.Tensor:
     """The value in this context: a replica's own, or the first replica's."""
     return read(components(variable)[0])
+
+
+def value(variable: tf.Variable) -> tf.Tensor:
+    """The value as it is stored; across replicas what the variable makes of theirs."""
+    return read_here(variable) if len(components(variable)) == 1 else tf.convert_to_tensor(variable)
 
 
 def assign_here(variable: tf.Variable, value: tf.Tensor) -> list:
@@ -191,14 +195,12 @@ def is_on_parameter_server(component: Component) -> bool:
 
 
 def is_on_local_cpu(component: Component) -> bool:
-    device_type = tf.DeviceSpec.from_string(component.device).device_type
-    return device_type == "CPU" and not is_remote(component)
+    return tf.DeviceSpec.from_string(component.device).device_type == "CPU" and not is_remote(component)
 
 
 @functools.lru_cache(maxsize=1)
 def _local_device(known_devices: Tuple[str, ...]) -> str:
     """This process's own device. Its name changes when a cluster is joined, and so do all known ones."""
-    del known_devices
     with tf.init_scope(), tf.device(None), tf.device("/device:CPU:0"):
         return tf.constant(0).device
 
@@ -259,8 +261,7 @@ class VariableMap(collections.abc.MutableMapping, Generic[Value]):
 
     def __setitem__(self, variable: tf.Variable, value: Value) -> None:
         key = _identity(variable)
-        known = self._items.get(key)
-        self._items[key] = (variable if known is None else known[0], value)
+        self._items[key] = (self._items.get(key, (variable,))[0], value)
 
     def __delitem__(self, variable: tf.Variable) -> None:
         del self._items[_identity(variable)]

@@ -15,6 +15,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, Dict, Iterable, List, Optional, Sequence, Tuple, Union
 
@@ -175,19 +176,12 @@ class Keras3Face(keras.optimizers.Optimizer):
         self._inner_optimizer._check_variables_are_known(variables)
 
     def _moves(self) -> Optional[np.ndarray]:
-        """How often weights have moved after 0, 1, ... steps of one cycle of gradient accumulation.
-
-        Returns:
-          int64 vector; None if each step moves weights.
-        """
+        """See below."""
         inner = self._inner_optimizer
         parts = getattr(inner, "optimizers", None) or [inner]  # Those of a MultiOptimizer.
-        accumulated = [part.gradient_accumulation_steps or 1 for part in parts]
-        if 1 in accumulated:
-            return None
-        steps = np.arange(math.lcm(*accumulated) + 1)
-        moved = np.any([steps % each == 0 for each in accumulated], axis=0)
-        return np.cumsum(moved) - 1  # At 0 nothing has moved.
+        if inner.built:
+            parts = [part for part in parts if part.built]  # The others have no variables.
+        return _moves(tuple({part.gradient_accumulation_steps or 1 for part in parts}))
 
     def _moves_weights(self) -> Union[bool, tf.Tensor]:
         moves = self._moves()
@@ -388,3 +382,17 @@ class Keras3Face(keras.optimizers.Optimizer):
     def get_config(self) -> Dict[str, Any]:
         # Both Kerases write the same module for their optimizers.
         return {"keras": self.keras_name}
+
+
+@functools.cache
+def _moves(accumulated: Tuple[int, ...]) -> Optional[np.ndarray]:
+    """How often weights have moved after 0, 1, ... steps of one cycle; None if each step moves some.
+
+    Args:
+      accumulated: the numbers of gradients that are accumulated for a move.
+    """
+    if 1 in accumulated:
+        return None
+    steps = np.arange(math.lcm(*accumulated) + 1)
+    moved = np.any([steps % each == 0 for each in accumulated], axis=0)
+    return np.cumsum(moved) - 1  # At 0 nothing has moved.
