@@ -162,7 +162,7 @@ def rebuild(scheme: Any, config: Dict[str, Any]):
 
 
 def _keras_name(optimizer: Any) -> str:
-    """The Keras that an optimizer is of. What does not tell means what `tf.keras` is in this process."""
+    """The Keras that an optimizer is of; where that does not tell, what `tf.keras` is."""
     if isinstance(optimizer, dict):
         name = _recorded_keras(optimizer.get("config"))
         if name is None and optimizer.get("module") == "keras.optimizers.legacy":
@@ -222,8 +222,10 @@ def _classes_by_name(face: Any, config: Dict[str, Any]) -> Dict[str, Any]:
     """The classes that a config and those in it mean, by the names that tf_keras knows in `.h5` files."""
     own = getattr(face.modules.get(str(config["module"])), str(config.get("class_name")), None)
     found = {} if own is None else {config["class_name"]: own}
+    registered = face.keras.saving.get_registered_object
     for one in (config, *config["config"].values()):
-        found.update(kerases.registered_by_name(face.keras, one) if isinstance(one, dict) else {})
+        if isinstance(one, dict) and (known := registered(one.get("registered_name"))):
+            found[one.get("class_name")] = known
     return found
 
 
@@ -269,15 +271,13 @@ def inner_optimizer(cls: Any, identifier: Any, settings: Dict[str, Any]):
     settings = {key: value for key, value in _checked(settings).items() if value is not None}
     for name, value in settings.items():
         kerases.check_schedule(cls.keras, name, value)
-    mentioned = set(SETTINGS)
+    optimizer, mentioned = identifier, set(SETTINGS)
     if isinstance(identifier, str):
         optimizer, mentioned = cls.keras.optimizers.get(identifier), set()
     elif isinstance(identifier, dict):
         optimizer = deserialize(identifier)
         config = identifier.get("config", {})
         mentioned = {"learning_rate" if key == "lr" else key for key in config}
-    else:
-        optimizer = identifier
     _check_inner(cls, optimizer)
     if any(getattr(part, "use_ema", False) for part in parts(optimizer)):
         raise ValueError(
@@ -286,8 +286,8 @@ def inner_optimizer(cls: Any, identifier: Any, settings: Dict[str, Any]):
             f"wrapper keeps the average. Received: {optimizer}"
         )
     own = {name: getattr(optimizer, name, None) for name in CLIPPING}
-    own["learning_rate"] = learning_rate_or_schedule(optimizer)
     own["decay"] = getattr(optimizer, "_initial_decay", None)
+    own["learning_rate"] = learning_rate_or_schedule(optimizer)
     own = {name: value for name, value in own.items() if name in mentioned}
     return _configured(optimizer, own, settings, cls.clipping_to_choose_from)
 
@@ -367,9 +367,9 @@ def _configured(optimizer: Any, own: Dict[str, Any], settings: Dict[str, Any], o
 
 def _check_has_settings(optimizer: Any, settings: Dict[str, Any]) -> None:
     if hasattr(optimizer, "optimizers") and not settings.keys().isdisjoint(SETTINGS):
+        expected = "Expected them where its parts are created."
         raise ValueError(
-            "A `MultiOptimizer` has no settings of its own. Expected them where its parts are created. "
-            f"Received: {settings}"
+            f"A `MultiOptimizer` has no settings of its own. {expected} Received: {settings}"
         )
 
 

@@ -95,12 +95,6 @@ def register(package: str) -> Callable[[type], type]:
     return decorate
 
 
-def registered_by_name(keras: ModuleType, config: Dict[str, Any]) -> Dict[str, Any]:
-    """The registered class that a config means, by the name under which tf_keras reads `.h5` files."""
-    known = keras.saving.get_registered_object(config.get("registered_name"))
-    return {} if known is None else {config["class_name"]: known}
-
-
 def is_schedule(thing: object) -> bool:
     """Whether it is a `LearningRateSchedule` of either Keras."""
     return isinstance(thing, bases("optimizers.schedules.LearningRateSchedule"))
@@ -120,7 +114,9 @@ def deserialize_schedule(config: Dict[str, Any], custom_objects: Optional[Dict[s
     config = dict(config)
     known = {keras.__name__: keras for keras in available()}
     keras = known.get(config.pop("keras", None), available()[-1])
-    custom_objects = {**registered_by_name(keras, config), **(custom_objects or {})}
+    known = keras.saving.get_registered_object(config.get("registered_name"))
+    by_name = {} if known is None else {config["class_name"]: known}  # As tf_keras reads `.h5` files.
+    custom_objects = {**by_name, **(custom_objects or {})}
     return keras.optimizers.schedules.deserialize(config, custom_objects=custom_objects)
 
 
