@@ -306,6 +306,17 @@ def test_optimizer_with_schedules_is_saved_and_loaded(tmp_path, name):
     assert loaded.inner_optimizer.get_config() == optimizer.inner_optimizer.get_config()
 
 
+class UsersSchedule(tf_keras.optimizers.schedules.LearningRateSchedule):
+    def __init__(self, value):
+        self.value = value
+
+    def __call__(self, step):
+        return self.value
+
+    def get_config(self):
+        return {"value": self.value}
+
+
 @pytest.mark.parametrize("name", ["model.keras", "model.h5"])
 @pytest.mark.parametrize("wrap", [tfav.SWA, lambda inner: inner], ids=["wrapped", "bare"])
 def test_class_of_a_user_with_the_same_name(tmp_path, name, wrap):
@@ -318,17 +329,6 @@ def test_class_of_a_user_with_the_same_name(tmp_path, name, wrap):
     loaded = tf_keras.models.load_model(tmp_path / name, custom_objects=custom).optimizer
     loaded = getattr(loaded, "inner_optimizer", loaded)
     assert loaded.get_config()["learning_rate"]["config"] == {"value": 0.5}
-
-
-class UsersSchedule(tf_keras.optimizers.schedules.LearningRateSchedule):
-    def __init__(self, value):
-        self.value = value
-
-    def __call__(self, step):
-        return self.value
-
-    def get_config(self):
-        return {"value": self.value}
 
 
 @pytest.mark.parametrize(

@@ -49,17 +49,25 @@ def gradients_of_noise(variables, noise):
     return tape.gradient(loss, variables)
 
 
-def check(strategy, scheme, inner):
+def check(strategy, scheme, inner, values=VALUES, noises=NOISES):
     run = testing_utils.train(
         strategy,
         lambda: scheme.wrap(INNER[inner]()),
         gradients_of_noise,
-        VALUES,
-        steps=NOISES,
+        values,
+        steps=noises,
         as_function=True,
     )
     testing_utils.assert_averages(run, scheme)
     return run
+
+
+@pytest.mark.parametrize("period", [1, 3])
+def test_many_variables_of_one_layout(strategy, period):
+    """They are folded some at a time, with some left over; here in mixed order."""
+    values = [value + np.float32(i / 64) for i in range(37) for value in VALUES]
+    values += [np.float32([[i]]) for i in range(16)]
+    check(strategy, numpy_averages.ema(0.9, 2, period=period), "sgd", values, NOISES[:20])
 
 
 @pytest.mark.slow

@@ -114,8 +114,8 @@ def deserialize_schedule(config: Dict[str, Any], custom_objects: Optional[Dict[s
     config = dict(config)
     known = {keras.__name__: keras for keras in available()}
     keras = known.get(config.pop("keras", None), available()[-1])
-    known = keras.saving.get_registered_object(config.get("registered_name"))
-    by_name = {} if known is None else {config["class_name"]: known}  # As tf_keras reads `.h5` files.
+    cls = keras.saving.get_registered_object(config.get("registered_name"))
+    by_name = {} if cls is None else {config["class_name"]: cls}  # As tf_keras reads `.h5` files.
     custom_objects = {**by_name, **(custom_objects or {})}
     return keras.optimizers.schedules.deserialize(config, custom_objects=custom_objects)
 

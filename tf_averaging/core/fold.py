@@ -138,21 +138,20 @@ def fold(
     """
     compiled = [place for place, pair in enumerate(pairs) if pays_to_compile(pair[0], jit_compile)]
     plain = sorted(set(range(len(pairs))) - set(compiled))
-    done = []
+    results = []
     if compiled:
         chosen = [_fetched(pairs[place]) for place in compiled]
 
         def fold_compiled(weights, *handles):
-            with after(*interpolate(with_handles(chosen, handles), weights)):
-                return tf.constant(True)
+            return done(interpolate(with_handles(chosen, handles), weights))
 
         function = tf.function(fold_compiled, jit_compile=True, autograph=False)
         with tf.device(chosen[0][0].device):
-            done.append(function(for_each_pair(weights, compiled), *handles_of(chosen)))
+            results.append(function(for_each_pair(weights, compiled), *handles_of(chosen)))
     if plain:
         interpolate_them = _interpolate_by_layout if _are_here(pairs) else interpolate
-        done += interpolate_them([pairs[place] for place in plain], for_each_pair(weights, plain))
-    return done
+        results += interpolate_them([pairs[place] for place in plain], for_each_pair(weights, plain))
+    return results
 
 
 def _interpolate_by_layout(pairs: Sequence[Pair], weights: tf.Tensor) -> list:
@@ -163,8 +162,8 @@ def _interpolate_by_layout(pairs: Sequence[Pair], weights: tf.Tensor) -> list:
     groups = [
         places[begin : begin + AT_A_TIME]
         for places in _grouped(pairs, lambda pair: _layout([pair])).values()
-        for begin in range(0, len(places), AT_A_TIME)
-        if len(places) > AT_A_TIME
+        for begin in range(0, len(places) - AT_A_TIME + 1, AT_A_TIME)
+        if len(places) >= 2 * AT_A_TIME
     ]
     others = sorted(set(range(len(pairs))).difference(*groups))
     functions, room = DeviceFunctions(), sum(_bytes(average) for average, _ in pairs) / 64

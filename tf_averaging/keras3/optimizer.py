@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any, Dict, Iterable, List, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, FrozenSet, Iterable, List, Optional, Sequence, Tuple, Union
 
 import keras
 import numpy as np
@@ -176,12 +176,12 @@ class Keras3Face(keras.optimizers.Optimizer):
         self._inner_optimizer._check_variables_are_known(variables)
 
     def _moves(self) -> Optional[np.ndarray]:
-        """See below."""
+        """See `_moves_in_a_cycle`."""
         inner = self._inner_optimizer
         parts = getattr(inner, "optimizers", None) or [inner]  # Those of a MultiOptimizer.
         if inner.built:
             parts = [part for part in parts if part.built]  # The others have no variables.
-        return _moves(tuple({part.gradient_accumulation_steps or 1 for part in parts}))
+        return _moves_in_a_cycle(frozenset(part.gradient_accumulation_steps or 1 for part in parts))
 
     def _moves_weights(self) -> Union[bool, tf.Tensor]:
         moves = self._moves()
@@ -385,7 +385,7 @@ class Keras3Face(keras.optimizers.Optimizer):
 
 
 @functools.cache
-def _moves(accumulated: Tuple[int, ...]) -> Optional[np.ndarray]:
+def _moves_in_a_cycle(accumulated: FrozenSet[int]) -> Optional[np.ndarray]:
     """How often weights have moved after 0, 1, ... steps of one cycle; None if each step moves some.
 
     Args:
