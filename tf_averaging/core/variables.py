@@ -144,7 +144,8 @@ def read_here(variable: tf.Variable) -> tf.Tensor:
 
 def value(variable: tf.Variable) -> tf.Tensor:
     """The value as it is stored; across replicas what the variable makes of theirs."""
-    return read_here(variable) if len(components(variable)) == 1 else tf.convert_to_tensor(variable)
+    is_of_all = is_distributed(variable) and not in_replica_context()
+    return tf.convert_to_tensor(variable) if is_of_all else read_here(variable)
 
 
 def assign_here(variable: tf.Variable, value: tf.Tensor) -> list:
