@@ -14,8 +14,8 @@
 r"""Handwritten digits: an optimizer alone, under SWA, and under an exponential moving average.
 
 Trains a small convolutional network with BatchNormalization on scikit-learn's digits (1,797 real images,
-nothing is downloaded), data-parallel on two replicas: SGD alone, under an exponential moving average, and
-under SWA, each with a learning rate that stays constant and with one that decays to zero by a cosine.
+nothing is downloaded): SGD alone, under an exponential moving average, and under SWA, each with a learning
+rate that stays constant and with one that decays to zero by a cosine.
 Every kind has the learning rate that did best on the validation set (`RATES`; `--tune` shows the search).
 At the end:
 
@@ -35,9 +35,12 @@ The test set is used only at the end of each run.
     python examples/digits.py
     python examples/digits.py --optimizer=adam --learning_rate=0.01
     python examples/digits.py --tune
+    python examples/digits.py --replicas=2
     TF_USE_LEGACY_KERAS=1 python examples/digits.py
 
-The last line runs it with tf_keras (Keras 2), the others with Keras 3.
+With `--replicas=2` training is data-parallel, on two devices that share the processor: the same results but
+for rounding and dropout, in five times the time. The last line runs it with tf_keras (Keras 2), the others
+with Keras 3.
 """
 
 import os
@@ -70,7 +73,8 @@ flags.DEFINE_float(
     "learning_rate", None, "Learning rate of all kinds; by default each has its own.", lower_bound=0.0
 )
 flags.DEFINE_bool("tune", False, "Only show what each learning rate comes to on the validation set.")
-flags.DEFINE_integer("batch_size", 32, "Images in a step, on both replicas together.", lower_bound=2)
+flags.DEFINE_integer("batch_size", 32, "Images in a step, on all replicas together.", lower_bound=2)
+flags.DEFINE_integer("replicas", 1, "Devices that share each batch.", lower_bound=1)
 flags.DEFINE_float(
     "swa_start",
     0.5,
@@ -114,10 +118,10 @@ RATES = {
 TUNED_OVER = (0.1, 0.2, 0.5, 1.0, 2.0, 4.0, 8.0)
 FIRST_TUNING_SEED = 100  # Other seeds than those of the results.
 
-EVALUATION_BATCH = 300  # Divides the evaluation sets, so that both replicas have work in every step.
+EVALUATION_BATCH = 300  # Divides the evaluation sets, so that all replicas have work in every step.
 
-# The new process computes the same in other portions (whole batches, not halves on two replicas), so the
-# last bits of the probabilities may differ. Raw and averaged differ by far more.
+# With several replicas the new process computes the same in other portions, so the last bits of the
+# probabilities may differ. Raw and averaged differ by far more.
 TOLERANCE = 1e-5
 
 METRICS = ("accuracy", "loss")
@@ -172,15 +176,17 @@ def _split(images: np.ndarray, labels: np.ndarray, size: int) -> Tuple[Images, I
     return (rest, rest_labels), (off, off_labels)
 
 
-def two_replicas() -> tf.distribute.Strategy:
-    """Data parallelism without a GPU: the CPU poses as two devices. One strategy serves all runs."""
-    (cpu,) = tf.config.list_physical_devices("CPU")
-    tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
-    return tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+def make_strategy() -> tf.distribute.Strategy:
+    """Data parallelism without a GPU: the CPU poses as several devices. One strategy serves all runs."""
+    if FLAGS.replicas == 1:
+        return tf.distribute.get_strategy()  # The one that does nothing.
+    devices = [tf.config.LogicalDeviceConfiguration()] * FLAGS.replicas
+    tf.config.set_logical_device_configuration(tf.config.list_physical_devices("CPU")[0], devices)
+    return tf.distribute.MirroredStrategy([f"CPU:{index}" for index in range(FLAGS.replicas)])
 
 
 def make_model() -> tf.keras.Model:
-    """Two convolutions, normalized by the statistics of the whole batch.
+    """Two convolutions, normalized by the statistics of the whole batch, on however many replicas.
 
     Each replica's own (`synchronized=False`) would differ, and a saved model can hold only one set.
     """
@@ -415,7 +421,7 @@ def main(_) -> int:
     if FLAGS.check_only:
         return check_saved(data.test[0])
     pathlib.Path(FLAGS.output_dir).mkdir(parents=True, exist_ok=True)
-    strategy = two_replicas()
+    strategy = make_strategy()
     if FLAGS.tune:
         tune(data, strategy)
         return 0

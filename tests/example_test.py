@@ -55,6 +55,7 @@ def example(library, tmp_path_factory):
         "--seeds=1",
         "--batch_size=64",
         "--learning_rate=1",
+        f"--replicas={2 if library is tf_keras else 1}",
         f"--output_dir={output_dir}",
     )
     process = run(*flags, keras=library)
@@ -129,6 +130,7 @@ def test_help_shows_every_flag():
         "learning_rate",
         "swa_factor",
         "batch_size",
+        "replicas",
     )
     for flag in flags:
         assert f"--{flag}:" in process.stdout

@@ -116,7 +116,8 @@ def write(optimizer: Any, directory: str, model_or_variables: Any, overwrite: bo
     if not step:
         raise ValueError("The averages hold no updates yet. Expected a snapshot after the first update.")
     path = os.path.join(directory, f"snapshot_{step:012}.npz")
-    if not overwrite and os.path.exists(path):
+    writes = _is_chief(optimizer, chosen[0][1])
+    if writes and not overwrite and os.path.exists(path):
         raise ValueError(
             f"There is a snapshot of {step} updates already: {path!r}. Expected another directory for "
             "another training, or `overwrite=True`."
@@ -139,7 +140,7 @@ def write(optimizer: Any, directory: str, model_or_variables: Any, overwrite: bo
         ],
         "updates": [[_updates(one, variable) for one in everyone] for _, variable in chosen],
     }
-    if not _is_chief(optimizer, chosen[0][1]):
+    if not writes:
         for _ in arrays:  # Reading may take all workers.
             pass
         return path

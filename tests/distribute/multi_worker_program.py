@@ -20,6 +20,7 @@ import traceback
 
 import checks
 import numpy as np
+import processes
 import tensorflow as tf
 
 import tf_averaging as tfav
@@ -92,6 +93,30 @@ def restore(strategy, directory):
     checks.report("restored", model.trainable_variables)
     with optimizer.swapped_weights():
         checks.evaluate(model, strategy)
+
+
+def save_snapshots(strategy, directory):
+    """All workers call `save_snapshot`, and one writes; then each finds its averages in the files."""
+    widths = {(2 / 36) ** 0.5: 2, 12**-0.5: 1}  # The second ones are the powers that belong to them.
+    model, optimizer, _ = checks.compiled(
+        strategy, lambda: (tfav.PostHocEMA(checks.KERAS.optimizers.SGD(0.02), list(widths)), None)
+    )
+    recorded = checks.train(model, strategy)
+    paths = [optimizer.save_snapshot(directory, model)]
+    recorded += checks.train(model, strategy)[1:]
+    if not is_chief(strategy):  # It comes late, and finds the chief's file.
+        processes.wait_until(lambda: len(os.listdir(directory)) == 2, COLLECTIVE_SECONDS, str)
+    paths.append(optimizer.save_snapshot(directory, model))
+    checks.train(model, strategy)  # No worker ends this before the chief has written.
+    assert sorted(tf.io.gfile.glob(f"{directory}/*")) == paths
+    for width, power in widths.items():
+        scheme = numpy_averages.Scheme(
+            None, 0, 1, lambda _, updates, p=power: 1 - (updates / (updates + 1)) ** p
+        )
+        found = tfav.post_hoc_average(directory, width).values()
+        for average, weights in zip(found, zip(*recorded)):
+            checks.assert_close(average, numpy_averages.expected_average(scheme, weights))
+        checks.report("combined", [tf.Variable(average) for average in found])
 
 
 def swap_alone(strategy, then="exit"):
@@ -241,6 +266,9 @@ def all_checks(strategy):
     checks.run(CHECKS[checks.KERAS.__name__], strategy, keep_going=False)
 
 
+COMMANDS = (all_checks, save, restore, save_snapshots, swap_alone)
+
+
 def main(*commands):
     options = tf.distribute.experimental.CommunicationOptions(
         timeout_seconds=COLLECTIVE_SECONDS if "swap_alone=live_on" in commands else None
@@ -249,7 +277,7 @@ def main(*commands):
     strategy = tf.distribute.MultiWorkerMirroredStrategy(communication_options=options)
     for command in commands:
         name, _, argument = command.partition("=")
-        function = {f.__name__: f for f in (all_checks, save, restore, swap_alone)}[name]
+        function = {f.__name__: f for f in COMMANDS}[name]
         print(f"[running] {name}")
         function(strategy, *([argument] if argument else []))
         print(f"[passed] {name}")

@@ -53,7 +53,8 @@ def two_workers(directory):
             children.wait_for(
                 start(children, 1, f"{keras}-before", f"save={path}-1", keras=keras), SECONDS
             )
-            commands = ["all_checks", f"restore={path}-1", f"save={path}-2", "swap_alone"]
+            commands = ["all_checks", f"restore={path}-1", f"save={path}-2"]
+            commands += [f"save_snapshots={path}-snapshots", "swap_alone"]
             workers = start(children, 2, keras, *commands, keras=keras)
             children.wait_for_end(workers, SECONDS)
             return workers
@@ -95,6 +96,12 @@ def test_restored_by_one_after_two(two_workers, directory, keras):
     with processes.Children(directory) as children:
         path = f"{directory}/{keras}-2"
         children.wait_for(start(children, 1, f"{keras}-after", f"restore={path}", keras=keras), SECONDS)
+
+
+@each_keras
+def test_one_of_two_workers_writes_snapshots(two_workers, keras):
+    for worker in two_workers(keras):
+        assert "[passed] save_snapshots\n" in worker.output, worker.story()
 
 
 @each_keras
