@@ -14,10 +14,9 @@
 r"""Handwritten digits: an optimizer alone, under SWA, and under an exponential moving average.
 
 Trains a small convolutional network with BatchNormalization on scikit-learn's digits (1,797 real images,
-nothing is downloaded): SGD alone, under an exponential moving average, and under SWA, each with a learning
-rate that stays constant and with one that decays to zero by a cosine.
-Every kind has the learning rate that did best on the validation set (`RATES`; `--tune` shows the search).
-At the end:
+nothing is downloaded): SGD alone, under an exponential moving average, and under SWA, each with a
+learning rate that stays constant and with one that decays to zero by a cosine. Every kind has the
+learning rate that did best on the validation set (`RATES`; `--tune` shows the search). At the end:
 
 *   a table shows accuracy and loss on the test set;
 *   paired tests over the seeds tell which differences in loss are more than chance;
@@ -38,9 +37,9 @@ The test set is used only at the end of each run.
     python examples/digits.py --replicas=2
     TF_USE_LEGACY_KERAS=1 python examples/digits.py
 
-With `--replicas=2` training is data-parallel, on two devices that share the processor: the same results but
-for rounding and dropout, in five times the time. The last line runs it with tf_keras (Keras 2), the others
-with Keras 3.
+With `--replicas=2` training is data-parallel, on two devices that share the processor: the same results
+but for rounding and dropout, in five times the time. The last line runs it with tf_keras (Keras 2), the
+others with Keras 3.
 """
 
 import os
@@ -108,10 +107,10 @@ DECAYS = {"constant": "constant rate", "cosine": "cosine decay"}
 
 # For each kind the learning rate with the least validation loss, of those that `--tune --seeds=2` tries.
 RATES = {
-    ("SGD", "constant"): 4.0,
-    ("EMA", "constant"): 2.0,
+    ("SGD", "constant"): 2.0,
+    ("EMA", "constant"): 1.0,
     ("SWA", "constant"): 2.0,
-    ("SGD", "cosine"): 4.0,
+    ("SGD", "cosine"): 2.0,
     ("EMA", "cosine"): 2.0,
     ("SWA", "cosine"): 2.0,
 }

@@ -116,6 +116,16 @@ def mmengine_mean(weights):
 
 # For each pair of blocks in the guide, in its order, what computes the average; None where the block is
 # no optimizer, and has a test of its own below.
+def timm_ema(weights, after=4):
+    """Its counter is 1 after the first step; it copies while the counter is at most one above `after`."""
+    average = weights[0]
+    for counter, now in enumerate(weights[1:], 1):
+        since = counter - after - 1
+        decay = min(1 - (1 + since) ** (-2 / 3), 0.99) if since > 0 else 0.0
+        average = decay * average + (1 - decay) * now
+    return average
+
+
 FORMULAS = [
     ("tfa.optimizers.SWA", tfa_swa),
     ("tfa.optimizers.MovingAverage", tfa_moving_average),
@@ -131,6 +141,7 @@ FORMULAS = [
     ("MMEngine EMAHook", mmengine_annealing),
     ("MMEngine EMAHook", mmengine_interval),
     ("MMEngine EMAHook", mmengine_mean),
+    ("timm ModelEmaV3", timm_ema),
     ("OpenNMT-tf average_checkpoints", None),
 ]
 

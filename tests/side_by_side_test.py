@@ -13,6 +13,7 @@
 # limitations under the License.
 """Several averages of one optimizer are those of as many optimizers, wherever one of them is used."""
 
+import contextlib
 import copy
 
 import keras as keras_3
@@ -21,6 +22,7 @@ import pytest
 import tensorflow as tf
 
 import tf_averaging as tfav
+from tests import numpy_averages
 from tests import testing_utils
 from tests.file_formats import Arrays
 from tests.file_formats import Checkpoint
@@ -315,6 +317,25 @@ def test_settings_reach_the_inner_optimizer_alone(keras):
         EMA(keras.optimizers.SGD(0.5), average_decay=[])
     with pytest.raises(ValueError, match="from 0 to 1"):
         EMA(keras.optimizers.SGD(0.5), average_decay=[0.5, 1.5])
+
+
+@both_kerases
+def test_averaged_model_of_one(keras):
+    optimizer = EMA(keras.optimizers.SGD(0.1), average_decay=[0.5, 0.9], dynamic_decay=False)
+    model = testing_utils.new_model(optimizer, keras=keras)
+    record = testing_utils.recorder(keras)
+    model.fit(testing_utils.X[:32], testing_utils.Y[:32], batch_size=8, callbacks=[record], verbose=0)
+    target = tfav.averaged_model(model)
+    with pytest.raises(ValueError, match="`which` from 0 to 1"):
+        tfav.averaged_model(model, target=target, which=2)
+    for swapped in (None, 0, 1):
+        with contextlib.nullcontext() if swapped is None else optimizer.swapped_weights(swapped):
+            for which, decay in enumerate([0.5, 0.9]):
+                tfav.averaged_model(model, target=target, which=which)
+                for variable, weights in zip(target.trainable_variables, zip(*record.history)):
+                    scheme = numpy_averages.ema(decay, dynamic=False)
+                    expected = numpy_averages.expected_average(scheme, [each[0] for each in weights])
+                    np.testing.assert_allclose(variable.numpy(), expected, rtol=1e-5, atol=1e-6)
 
 
 @both_kerases

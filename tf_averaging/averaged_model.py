@@ -31,6 +31,7 @@ def averaged_model(
     model: Any,
     optimizer: Optional[AveragedOptimizerWrapper] = None,
     target: Any = None,
+    which: int = 0,
 ) -> Any:
     """Returns a model of the same architecture that holds the averages of `model`'s weights.
 
@@ -54,6 +55,7 @@ def averaged_model(
         with.
       target: a model of the same architecture to set, an earlier result for example; None for a new one,
         which is a clone of `model`, under the same strategy, and not compiled. What is frozen may differ.
+      which: of several averages, the place in the list of the one to use.
 
     Returns:
       `target`, or the new model.
@@ -61,7 +63,7 @@ def averaged_model(
     Raises:
       TypeError: if `model` or `target` is not a Keras model.
       ValueError: if there is no averaging optimizer, or one of another model, `model` has not been built
-        or cannot be cloned, or `target` has other variables.
+        or cannot be cloned, `target` has other variables, or `which` is out of range.
       RuntimeError: in a `tf.function`.
     """
     for argument in [model] if target is None else [model, target]:
@@ -91,7 +93,7 @@ def averaged_model(
     if found.has_shadow_copy:  # Until then the averages are the weights.
         check_averages(found, model)
     for twin, variable in zip(twins, variables_of(model)):
-        average = _average(found, variable)
+        average = _average(found, variable, which)
         if average is None:
             _copy(twin, variable)
         else:
@@ -101,10 +103,10 @@ def averaged_model(
     return result
 
 
-def _average(optimizer: AveragedOptimizerWrapper, variable):
+def _average(optimizer: AveragedOptimizerWrapper, variable, which: int):
     """The average of `variable`, None if it has none."""
     try:
-        return optimizer.get_average(variable)
+        return optimizer.get_average(variable, which)
     except KeyError:
         return None
 
