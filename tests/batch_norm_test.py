@@ -359,6 +359,14 @@ class TestInputs:
         with pytest.raises(error, match=f"`steps`.* steps={steps}"):
             tfav.update_batch_norm(normalizing(keras), X, steps=steps, verbose=0)
 
+    def test_no_end(self, keras):
+        data = tf.data.Dataset.from_tensors(X).repeat()
+        model = normalizing(keras)
+        with pytest.raises(ValueError, match="Expected `steps` with data that never end"):
+            tfav.update_batch_norm(model, data, verbose=0)
+        tfav.update_batch_norm(model, data, steps=2, verbose=0)
+        expect_statistics(model.layers[-1], X)
+
 
 def test_model_without_batch_norm_does_not_look_at_the_data(keras):
     model = keras.Sequential([keras.layers.Dense(1)])
@@ -720,6 +728,21 @@ class TestForward:
         assert "not called in training mode" in warnings[0]
         with pytest.raises(TypeError, match="Expected `forward` to be a function.*Received: 3"):
             tfav.update_batch_norm(model, X, verbose=0, forward=3)
+
+    def test_model_without_call_needs_it(self, keras):
+        class Model(keras.Model):
+            def __init__(self):
+                super().__init__()
+                self.norm = keras.layers.BatchNormalization()
+                self.norm.build([None, X.shape[-1]])
+
+        model = Model()
+        model.built = True
+        with pytest.raises(ValueError, match="cannot be called on its inputs. Expected `forward`"):
+            tfav.update_batch_norm(model, X, verbose=0)
+        forward = lambda model, inputs: model.norm(inputs, training=True)  # noqa: E731
+        tfav.update_batch_norm(model, X, verbose=0, forward=forward)
+        expect_statistics(model.norm, X)
 
 
 @pytest.mark.parametrize("suffix", ["keras", "h5"])

@@ -403,6 +403,31 @@ class TestLoadedWeights:
         assert_same_bits(begun, given)
         assert "by one of the `callbacks` of `SwapAverageWeights`" in caplog.text
 
+    @pytest.mark.parametrize("stop", [True, False])
+    def test_restored_at_the_end_of_an_epoch(self, keras, caplog, stop):
+        """By a callback that does not wait for the end of `fit`, as those that go back on a plateau."""
+        model, begun = new_model(keras, batch_norm=True), []
+        given = [np.full_like(weight, 0.5) for weight in model.get_weights()]
+
+        class GoBack(keras.callbacks.Callback):
+            def on_epoch_end(self, epoch, logs=None):
+                if epoch == 2:
+                    model.set_weights(given)
+                    model.stop_training = stop
+
+        begin = keras.callbacks.LambdaCallback(
+            on_epoch_begin=lambda *_: begun.append(model.get_weights())
+        )
+        swap = tfav.callbacks.SwapAverageWeights(callbacks=[GoBack()], batch_norm_data=X)
+        model.fit(**DATA, epochs=3 if stop else 4, callbacks=[swap, begin])
+        if stop:
+            assert_same_bits(model.get_weights(), given)
+            assert "Weights were loaded" not in caplog.text
+            model.fit(**DATA, callbacks=[tfav.callbacks.SwapAverageWeights(callbacks=[]), begin])
+        assert_same_bits(begun[3], given)
+        assert caplog.text.count("Weights were loaded") == 1
+        assert model.optimizer.num_averaged == EPOCH
+
 
 class TestRawWeights:
     @pytest.mark.parametrize(
@@ -679,8 +704,18 @@ def test_wrong_arguments(keras):
         make(batch_norm_data=X, batch_norm_steps=1.5)
     with pytest.raises(ValueError, match="batch_norm_steps=0"):
         make(batch_norm_data=X, batch_norm_steps=0)
-    with pytest.raises(ValueError, match="read again.*`batch_norm_steps` with them"):
-        make(batch_norm_data=iter([X]))
+    for data in (iter([X]), tf.data.Dataset.from_tensors(X).repeat()):
+        with pytest.raises(ValueError, match="read again.*`batch_norm_steps` with them"):
+            make(batch_norm_data=data)
+    model = new_model(keras)
+    for callbacks in ([make(), make()], [make(callbacks=[make(optimizer=model.optimizer)])]):
+        with pytest.raises(ValueError, match="one `SwapAverageWeights` for each averaging optimizer"):
+            model.fit(X, Y, callbacks=callbacks, **FIT)
+    of_another = tfav.SWA(keras.optimizers.SGD())
+    of_another.shadow_copy([keras.Variable(1.0) if keras is keras_3 else tf.Variable(1.0)])
+    for other in (make(optimizer=of_another), make(optimizer=of_another, batch_norm_data=X)):
+        with pytest.raises(ValueError, match="`batch_norm_data` in the last"):
+            model.fit(X, Y, callbacks=[make(batch_norm_data=X), other], **FIT)
     other = {keras_3: tf_keras, tf_keras: keras_3}[keras]
     swap = make(callbacks=[other.callbacks.EarlyStopping()])
     with pytest.raises(TypeError, match=f"Expected callbacks of {keras.__name__}, as the model is"):

@@ -105,7 +105,8 @@ def update_batch_norm(
 
     Raises:
       TypeError: if `model` is not a Keras model, `steps` not an int, or `forward` not callable.
-      ValueError: if the model has not been built, there is no data, `steps` is not positive,
+      ValueError: if the model has not been built, there is no data, or no end of them and no `steps`,
+        `steps` is not positive, the model cannot be called on its inputs and there is no `forward`,
         `optimizer` averages nothing or another model, or the averages of an optimizer that is neither
         given nor compiled are in the model.
     """
@@ -128,6 +129,8 @@ def update_batch_norm(
         raise ValueError(f"Expected data to compute the statistics of. Received: data={data!r}")
     if steps is not None:
         checked_count("steps", steps, minimum=1)
+    elif is_endless(data):
+        raise ValueError(f"Expected `steps` with data that never end. Received: data={data!r}")
     averages = _averages(model, given)
     with model.distribute_strategy.scope():
         sums = [_Sums(layer) for layer in layers]
@@ -151,13 +154,18 @@ def update_batch_norm(
         if seen is not None
         for statistic in _statistics(layer, seen)
     ]
-    as_left = averages is not None and averages.is_as_left()
+    as_left = averages is not None and averages.left is not None and not averages.were_loaded()
     if averages is not None and new:
         _note_whose(averages, [variable for variable, _ in new])
     for variable, value in new:
         core_variables.assign_everywhere(variable, value)
     if averages is not None and as_left:
         averages.leave()  # The next `fit` must not take the statistics for something that was loaded.
+
+
+def is_endless(data: Any) -> bool:
+    """Whether data are a `tf.data.Dataset` that says that it never ends."""
+    return isinstance(data, tf.data.Dataset) and bool(data.cardinality() == tf.data.INFINITE_CARDINALITY)
 
 
 def _averages(model, optimizer: Optional[AveragedOptimizerWrapper]) -> Optional[Averages]:
@@ -292,6 +300,14 @@ def _run(model, data, steps: Optional[int], verbose: Union[str, int], forward: C
     runner.compile(run_eagerly=model.run_eagerly, jit_compile=False)
     try:
         runner.predict(data, steps=steps, verbose=verbose)
+    except NotImplementedError as error:
+        if forward is not _called_on_inputs:
+            raise
+        raise ValueError(
+            "The model cannot be called on its inputs. Expected `forward`, a function that calls it on a "
+            "batch. `SwapAverageWeights` takes none: without `batch_norm_data` call `update_batch_norm` "
+            "yourself, while the averages are in the model."
+        ) from error
     except (StopIteration, UnboundLocalError):  # As the Kerases fail for want of a first batch.
         if has_data:
             raise

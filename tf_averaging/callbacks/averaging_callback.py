@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 from typing import Any, Callable, ContextManager, Dict, Iterator, Optional
 
+from tf_averaging import batch_norm
 from tf_averaging import kerases
 from tf_averaging import side_by_side
 from tf_averaging.averaged_optimizer_wrapper import AveragedOptimizerWrapper
@@ -25,6 +26,9 @@ from tf_averaging.averaging_optimizer import averaging_optimizer
 from tf_averaging.averaging_optimizer import find_averaging_optimizer
 
 _CALLBACKS = kerases.bases("callbacks.Callback")
+
+# Where the parameters of `fit`, which all callbacks share, list the `SwapAverageWeights` among them.
+SWAPS = "swap_average_weights"
 
 
 class AveragingCallback(*_CALLBACKS):  # type: ignore[misc]
@@ -116,8 +120,8 @@ def holding(optimizer: AveragedOptimizerWrapper, averages: bool) -> Iterator[Non
 
 
 def check_data(name: str, data: Any, steps_name: str, steps: Optional[int]) -> None:
-    """Refuses data that are gone after one pass."""
-    if steps is None and hasattr(data, "__next__"):
+    """Refuses data that are gone after one pass, or never end."""
+    if steps is None and (hasattr(data, "__next__") or batch_norm.is_endless(data)):
         raise ValueError(
             f"Expected `{name}` to be data that can be read again, since that happens at the end of each "
             f"epoch: arrays or a `tf.data.Dataset`; or, if they never end, `{steps_name}` with them. "

@@ -51,9 +51,9 @@ class SwapAverageWeights(averaging_callback.AveragingCallback):
     Callbacks that steer or resume training (learning-rate schedules, BackupAndRestore) go outside, before
     this one. The guide "Callbacks" has the whole list.
 
-    The next `fit` goes on from the raw weights. What is loaded into the model before it, by you or by
-    EarlyStopping at the end of `fit`, is not trained over: the next `fit` then goes on from that, the
-    averages start anew from it, and a warning says so.
+    The next `fit`, or the next epoch, goes on from the raw weights. What is loaded into the model before
+    it, by you or by a callback such as EarlyStopping, is not trained over: training then goes on from
+    that, the averages start anew from it, and a warning says so.
 
     It looks at what the model holds and never toggles blindly. If an evaluation is left by an exception
     or Ctrl-C, of which Keras tells no callback, the averages stay in the model and the weights in the
@@ -102,10 +102,11 @@ class SwapAverageWeights(averaging_callback.AveragingCallback):
       TypeError: if `swap_on_epoch` is not a bool, `begin_epoch` or `batch_norm_steps` not an int, or
         `callbacks` holds something else; in `fit`, if a callback is not of the model's Keras.
       ValueError: if `begin_epoch` is negative, `batch_norm_steps` is not positive or comes without data,
-        `batch_norm_data` can be read only once, `callbacks` holds a `SwapAverageWeights` of the same
-        optimizer, or `optimizer` does not average; when training begins, if the model's optimizer does
-        not average, or has a start in steps beside `begin_epoch`, or has begun to average before without
-        it.
+        `batch_norm_data` can be read only once or never ends, `callbacks` holds a `SwapAverageWeights` of
+        the same optimizer, or `optimizer` does not average; when training begins, if the model's
+        optimizer does not average, or has a start in steps beside `begin_epoch`, or has begun to average
+        before without it, if there are two callbacks of one optimizer, or `batch_norm_data` in another
+        one than the last.
     """
 
     def __init__(
@@ -153,9 +154,8 @@ class SwapAverageWeights(averaging_callback.AveragingCallback):
           params: dict, from Keras.
         """
         super().set_params(params)
-        params["swap_on_epoch"] = self.swap_on_epoch  # One dict for all callbacks of a training.
-        if self._statistics is not None:
-            params.setdefault("recompute_batch_norm", []).append(self._recompute_for)
+        # One dict for all callbacks of a training.
+        params.setdefault(averaging_callback.SWAPS, []).append(self)
         self._inner.set_params(params)
 
     def set_model(self, model: Any) -> None:
@@ -174,18 +174,14 @@ class SwapAverageWeights(averaging_callback.AveragingCallback):
         self._before_evaluation = None  # None runs any more.
         averaging_callback.hold(self.optimizer, averages)
 
-    def _recompute(self) -> None:
+    def recompute(self) -> None:
         """Brings the averages' statistics up to date, if there are data for it."""
         if self._statistics is not None:
             self._statistics.recompute(self.model, self.optimizer)
 
-    def _recompute_for(self, optimizer: AveragedOptimizerWrapper) -> None:
-        if optimizer is self.optimizer:
-            self._recompute()
-
     @contextlib.contextmanager
     def _averages_for_file(self) -> Iterator[None]:
-        self._recompute()
+        self.recompute()
         with averaging_callback.holding(self.optimizer, averages=True):
             yield
 
@@ -209,6 +205,7 @@ class SwapAverageWeights(averaging_callback.AveragingCallback):
 
     def on_train_begin(self, logs: Optional[Dict[str, Any]] = None) -> None:
         """Creates the averages, returns to the raw weights, checks `begin_epoch`."""
+        self._check_others()
         averaging_callback.follow(self.optimizer, self.model)
         is_known = self.optimizer._averages.left is not None
         self._starts_anew = self._take_up("after a `fit` that had left the averages in it")
@@ -239,6 +236,19 @@ class SwapAverageWeights(averaging_callback.AveragingCallback):
             self._starts_anew |= self._take_up("by one of the `callbacks` of `SwapAverageWeights`")
             self._rest(averages=False)
 
+    def _check_others(self) -> None:
+        swaps = self.params.get(averaging_callback.SWAPS, [])
+        if any(swap.optimizer is self.optimizer for swap in swaps if swap is not self):
+            raise ValueError(
+                "Expected one `SwapAverageWeights` for each averaging optimizer. Two of them would swap "
+                f"against each other. Received more than one for {self.optimizer!r}"
+            )
+        if self._statistics is not None and swaps[-1:] not in ([], [self]):
+            raise ValueError(
+                "Expected `batch_norm_data` in the last (or innermost) of several `SwapAverageWeights` "
+                "alone. When it computes the statistics, the averages of all are in the model."
+            )
+
     def _take_up(self, loaded: str) -> bool:
         starts_anew = self.optimizer._averages.take_up()
         if starts_anew:
@@ -252,7 +262,8 @@ class SwapAverageWeights(averaging_callback.AveragingCallback):
         return starts_anew
 
     def on_epoch_begin(self, epoch: int, logs: Optional[Dict[str, Any]] = None) -> None:
-        """Returns to the raw weights."""
+        """Returns to the raw weights, or goes on from what was loaded since the end of the last epoch."""
+        self._take_up("between two epochs, while it held the averages")
         self._rest(averages=False)
         if self._first_epoch:
             self._first_epoch = False
@@ -270,7 +281,7 @@ class SwapAverageWeights(averaging_callback.AveragingCallback):
     def on_epoch_end(self, epoch: int, logs: Optional[Dict[str, Any]] = None) -> None:
         """With `swap_on_epoch`, puts the averages into the model."""
         if self.swap_on_epoch:
-            self._recompute()
+            self.recompute()
         self._rest(averages=self.swap_on_epoch)
         if self.swap_on_epoch:
             self.optimizer._averages.leave()  # Training may be broken off here.
@@ -279,11 +290,12 @@ class SwapAverageWeights(averaging_callback.AveragingCallback):
     def on_train_end(self, logs: Optional[Dict[str, Any]] = None) -> None:
         """Leaves the averages in the model with `swap_on_epoch`; warns if there are none."""
         self._warn_of_nothing()
-        self._recompute()
-        self._rest(averages=self.swap_on_epoch)
-        if self.swap_on_epoch:
-            self.optimizer._averages.leave()
-        # What a callback restores now counts as loaded: the next `fit` goes on from it.
+        # What a callback has restored, or restores now, counts as loaded: the next `fit` goes on from it.
+        if not self.optimizer._averages.were_loaded():
+            self.recompute()
+            self._rest(averages=self.swap_on_epoch)
+            if self.swap_on_epoch:
+                self.optimizer._averages.leave()
         self._tell("on_train_end", logs)
 
     # Evaluation. One may run inside another one's callbacks. An inner one cannot be told from the first
@@ -321,7 +333,7 @@ class SwapAverageWeights(averaging_callback.AveragingCallback):
             self._before_evaluation = self.optimizer.weights_swapped
         if self.optimizer.has_shadow_copy:  # Some that were loaded may wait to be told of the model.
             averaging_callback.follow(self.optimizer, self.model)
-        self._recompute()
+        self.recompute()
         averaging_callback.hold(self.optimizer, averages=True)
 
     def _begin_batch(self, hook: str, batch, logs) -> None:

@@ -389,13 +389,13 @@ class Averages:
         """Notes what the model holds, which are the averages."""
         self.left = exchange.checksum(self.slots)
 
-    def is_as_left(self) -> bool:
-        """Whether the model still holds what `leave` noted."""
-        return self.left is not None and self.left == exchange.checksum(self.slots)
+    def were_loaded(self) -> bool:
+        """Whether the model holds something else than `leave` noted."""
+        return self.left is not None and self.left != exchange.checksum(self.slots)
 
     def take_up(self) -> bool:
         """Starts anew from what was loaded into the model since `leave`; whether there was anything."""
-        loaded = self.left is not None and not self.is_as_left()
+        loaded = self.were_loaded()
         if loaded:
             self.start_over()
         self.left = None

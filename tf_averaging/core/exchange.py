@@ -146,7 +146,7 @@ def warn_of_strangers(averages: Averages) -> None:
     """Warns if values are going to be exchanged that do not belong to the averages (eager mode)."""
     if not tf.executing_eagerly():
         return
-    if averages.left is not None and averages.is_swapped() and not averages.is_as_left():
+    if averages.is_swapped() and averages.were_loaded():
         warnings.warn(
             "Weights were loaded into the model while it held the averages. They take the place of the "
             "averages now, and the raw weights from before come back. To train from what was loaded, "
