@@ -169,8 +169,7 @@ def stored_dtype(variable: tf.Variable) -> tf.DType:
 
 def has_value(variable: tf.Variable) -> bool:
     """Whether it has one (eager mode). A variable that a function creates has none before it runs."""
-    handles = [component.handle for component in all_components(variable)]
-    return all(tf.raw_ops.VarIsInitializedOp(resource=handle) for handle in handles)
+    return all(tf.raw_ops.VarIsInitializedOp(resource=c.handle) for c in all_components(variable))
 
 
 # Where a value lives.
