@@ -152,6 +152,16 @@ def test_keras_file_says_the_device(keras, tmp_path):
 
 
 @both_kerases
+def test_device_that_is_not_there(keras):
+    """A file may come from a machine that has it."""
+    optimizer = tfav.SWA(keras.optimizers.SGD(1.0), 0, 1, average_device="GPU:7")
+    variable = tf.Variable(0.0)
+    with pytest.warns(UserWarning, match="No 'GPU:7': the averages are on .*CPU:0"):
+        optimizer.shadow_copy([variable])
+    assert optimizer.get_average(variable) == 0.0
+
+
+@both_kerases
 def test_step_that_xla_compiles_is_refused(keras):
     with pytest.raises(RuntimeError, match="jit_compile=False"):
         fit(keras, tf.distribute.get_strategy(), jit_compile=True)

@@ -191,7 +191,8 @@ def _check_like(file: snapshots.Snapshot, last: snapshots.Snapshot) -> None:
             raise ValueError(
                 "Expected snapshots of one model, with the same variables in the same order. Received "
                 f"{found or 'fewer variables'} in {file.path!r} and {expected or 'fewer variables'} in "
-                f"{last.path!r}."
+                f"{last.path!r}. Layers without a name of their own are named anew when a model is built "
+                "once more in a process: name them, or call `tf.keras.backend.clear_session()` before."
             )
 
 

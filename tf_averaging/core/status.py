@@ -23,6 +23,7 @@ import functools
 import gc
 import operator
 import uuid
+import warnings
 import weakref
 from typing import TYPE_CHECKING, Iterable, Iterator, List, NamedTuple, Optional, Tuple, Union
 
@@ -189,8 +190,11 @@ class Status:
     def __init__(self, like: tf.Variable, first_step: int, name: str, device: Optional[str] = None):
         """Creates the variables where `like` lives, or on a device; their names begin with `name`."""
         self._name, self._create_like = name, functools.partial(core_variables.create_like, device=device)
-        first = tf.constant(first_step, tf.int64)
-        self.first_step = self._create_like(like, lambda: first, f"{name}/first_step")
+        self.first_step = self._create_like(like, lambda: np.int64(first_step), f"{name}/first_step")
+        if device:  # TensorFlow takes another one without a word.
+            placed = tf.DeviceSpec.from_string(self.first_step.handle.device)
+            if placed.make_merged_spec(tf.DeviceSpec.from_string(device)) != placed:
+                warnings.warn(f"No {device!r}: the averages are on {placed.to_string()}.", stacklevel=2)
         self.swapped = self._create_like(like, lambda: tf.zeros([], tf.bool), f"{name}/swapped")
         self.guard: Optional[tf.Variable] = None
         self.section: Optional[tf.CriticalSection] = None
