@@ -308,6 +308,9 @@ def test_other_optimizers_and_metrics_are_those_of_the_last_checkpoint(generatio
         model = tf.Module()
         model.variable = tf.Variable(1.0 * number)
         model.total = tf.Variable(10.0 * number)  # Not of a metric, as it is not alone.
+        model.part = tf.Module()  # Nor is this one, with a part of its own.
+        model.part.count, model.part.table = tf.Variable(1.0 * number), tf.Module()
+        model.part.table.weight = tf.Variable(1.0 * number)
         optimizers = [generation.Adam(0.1 * number), tf.compat.v1.train.AdamOptimizer(0.1)]
         optimizers.append(tf_keras.mixed_precision.LossScaleOptimizer(generation.SGD(0.1, momentum=0.9)))
         for optimizer in optimizers * number:
@@ -316,14 +319,23 @@ def test_other_optimizers_and_metrics_are_those_of_the_last_checkpoint(generatio
         metric, auc = tf_keras.metrics.Mean(), tf_keras.metrics.AUC(num_thresholds=3)
         metric.update_state(1.0 * number)
         auc.update_state([1.0] * number, [1.0] * number)
-        everything = {"model": model, "metric": metric, "auc": auc, "iter": tf.Variable(number)}
+        iou = tf_keras.metrics.MeanIoU(2)
+        iou.update_state([1.0] * number, [1.0] * number)
+        everything = {
+            "model": model,
+            "metric": metric,
+            "auc": auc,
+            "iou": iou,
+            "iter": tf.Variable(number),
+        }
         everything.update({f"optimizer{i}": optimizer for i, optimizer in enumerate(optimizers)})
         paths.append(tf.train.Checkpoint(**everything).write(str(tmp_path / str(number))))
     output = str(tmp_path / "mean")
     tfav.average_checkpoints(paths, output, verbose=0)
     expected, actual = contents(paths[-1]), contents(output)
     different = {key for key in expected if actual[key] != expected[key]}
-    assert {key.partition("/.A")[0] for key in different} == {"model/variable", "model/total"}
+    averaged = {"model/variable", "model/total", "model/part/count", "model/part/table/weight"}
+    assert {key.partition("/.A")[0] for key in different} == averaged
     assert np.frombuffer(actual["model/variable/.ATTRIBUTES/VARIABLE_VALUE"], np.float32) == [2.0]
 
 

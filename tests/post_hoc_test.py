@@ -213,6 +213,34 @@ class TestSnapshots:
             assert_same_bits([file[name] for name in file.files], before)
         assert list(tmp_path.iterdir()) == [path]
 
+    @both_kerases
+    def test_after_a_model_was_loaded(self, tmp_path, keras, recwarn):
+        """Keras 3 gives its variables other paths then. The moments of the snapshots stay."""
+        parts, path = str(tmp_path / "parts"), str(tmp_path / "model.keras")
+        model = testing_utils.new_model(tfav.PostHocEMA(keras.optimizers.SGD(0.1)), keras=keras)
+        fit_steps(model, 3, [tfav.callbacks.SaveAverages(parts, 2)])
+        model.save(path)
+        fit_steps(model, 4, [tfav.callbacks.SaveAverages(parts, 2)])
+        ended = tfav.post_hoc_average(parts, 0.07)
+        recwarn.clear()
+        loaded = keras.models.load_model(path)
+        fit_steps(loaded, 4, [tfav.callbacks.SaveAverages(parts, 2)])
+        (warning,) = [w for w in recwarn if "there are snapshots of more" in str(w.message)]
+        assert "000000000006.npz" in str(warning.message)
+        names = [f"snapshot_{step:012}.npz" for step in (2, 3, 4, 6, 7)]
+        assert sorted(os.listdir(parts)) == names
+        for one, other in zip(ended.values(), tfav.post_hoc_average(parts, 0.07).values()):
+            np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
+
+    def test_bfloat16(self, tmp_path):
+        optimizer = tfav.PostHocEMA(keras_3.optimizers.SGD(1.0), average_dtype="bfloat16")
+        variable = tf.Variable([1.0, 2.0], dtype=tf.bfloat16)
+        testing_utils.descend(optimizer, [variable])
+        optimizer.save_snapshot(tmp_path, [variable])
+        target = tf.Variable([0.0, 0.0])
+        tfav.post_hoc_average(tmp_path, 0.05, target=[target])
+        np.testing.assert_array_equal(target, [0.0, 1.0])
+
     def test_names_that_are_the_same(self, tmp_path):
         variables = [tf.Variable(float(i), name="w") for i in range(3)]
         optimizer = tfav.PostHocEMA(KERAS.optimizers.SGD(1.0))
@@ -252,6 +280,8 @@ class TestSnapshots:
         optimizer = model.optimizer
         other = testing_utils.new_model(units=(2, 1), keras=keras)
         before = bits(values(other.variables))
+        integers = [tf.zeros(v.shape, tf.int32) for v in model.trainable_variables]
+        integers = list(map(tf.Variable, integers))
         new = testing_utils.new_model(tfav.PostHocEMA(keras.optimizers.SGD(0.1)), keras=keras)
         new.optimizer.shadow_copy(new)
         for error, message, call in [
@@ -269,6 +299,11 @@ class TestSnapshots:
                 lambda: tfav.post_hoc_average(tmp_path / "a", 0.1, None, other),
             ),
             (TypeError, "`target`", lambda: tfav.post_hoc_average(tmp_path / "a", 0.1, None, 3)),
+            (
+                TypeError,
+                "`target` of floating-point",
+                lambda: tfav.post_hoc_average(tmp_path / "a", 0.1, None, integers),
+            ),
             (
                 ValueError,
                 "variables like",

@@ -35,6 +35,10 @@ DECAYS = {
         tfav.schedules.DebiasedDecay(0.999),
         lambda s: 1 - 1 / math.fsum(0.999**i for i in range(min(s, 10**5) + 1)),
     ),
+    "debiased, with a period": (
+        tfav.schedules.DebiasedDecay(0.9, average_period=5),
+        lambda s: 1 - (1 - 0.9) / (1 - 0.9 ** (s / 5 + 1)),
+    ),
     "debiased plain mean": (tfav.schedules.DebiasedDecay(1.0), lambda s: 1 - 1 / (s + 1)),
     "momentum annealing": (
         tfav.schedules.MomentumAnnealingDecay(momentum=2e-4, gamma=100),

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import os
 from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple, Union
 
@@ -186,14 +187,26 @@ def _paths(directory: str, step: Optional[int]) -> List[str]:
 
 
 def _check_like(file: snapshots.Snapshot, last: snapshots.Snapshot) -> None:
-    for found, expected in zip([*file.saved, None], [*last.saved, None]):
-        if found != expected or file.number != last.number:
+    expected_all = "Expected snapshots of one model, with the same variables in the same order."
+    for found, expected in itertools.zip_longest(file.saved, last.saved):
+        if found is None or expected is None or _kind(found) != _kind(expected):
             raise ValueError(
-                "Expected snapshots of one model, with the same variables in the same order. Received "
-                f"{found or 'fewer variables'} in {file.path!r} and {expected or 'fewer variables'} in "
-                f"{last.path!r}. Layers without a name of their own are named anew when a model is built "
-                "once more in a process: name them, or call `tf.keras.backend.clear_session()` before."
+                f"{expected_all} Received {found or 'fewer averages'} in {file.path!r} and "
+                f"{expected or 'fewer averages'} in {last.path!r}. Once layers were added, frozen or "
+                "unfrozen, use another directory. Layers without a name of their own are named anew when "
+                "a model is built once more in a process: name them, or call "
+                "`tf.keras.backend.clear_session()` before."
             )
+    if file.number != last.number:
+        raise ValueError(
+            f"{expected_all} Received {file.number} variables in {file.path!r} and {last.number} in "
+            f"{last.path!r}. Once layers were added, use another directory."
+        )
+
+
+def _kind(saved: snapshots.Saved) -> Tuple[Any, ...]:
+    # Of the name the layer's and the variable's: what is before them may differ after `load_model`.
+    return saved._replace(name="/".join(saved.name.split("/")[-2:]))
 
 
 def _checked_target(target: Any, last: snapshots.Snapshot) -> List[tf.Variable]:
@@ -215,6 +228,11 @@ def _checked_target(target: Any, last: snapshots.Snapshot) -> List[tf.Variable]:
         )
     variables = list(map(kerases.tf_variable, variables))
     for variable, saved in zip(variables, last.saved):
+        if not core_variables.averageable([variable]):
+            raise TypeError(
+                "Expected a `target` of floating-point or complex variables where there are averages. "
+                f"Received: {variable!r} for {saved}"
+            )
         if tuple(variable.shape) != saved.shape:
             raise ValueError(
                 f"Expected a `target` with variables like those of the snapshots. Received "

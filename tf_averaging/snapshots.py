@@ -78,6 +78,9 @@ class Snapshot:
         """One of the averages of one variable, by its place in `saved`."""
         with whole_files.reading(self.path):
             array = self._arrays[f"{index}_{which}"]
+            dtype = tf.as_dtype(self.saved[index].dtype).as_numpy_dtype
+            if array.dtype.kind == "V":  # As NumPy writes bfloat16, of which it knows the size alone.
+                array = array.view(dtype)
             if array.shape != self.saved[index].shape:
                 raise ValueError(f"{self.saved[index]} has the shape {array.shape}.")
             return array

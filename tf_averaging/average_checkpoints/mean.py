@@ -80,7 +80,7 @@ def average_checkpoints(
     """
     if not tf.executing_eagerly():
         raise RuntimeError("`average_checkpoints` cannot be called in a `tf.function`.")
-    paths, output = _checked_paths(paths), os.fspath(output)
+    paths, output = _checked_paths(paths), _without_index(os.fspath(output))
     weights = _checked_weights(weights, len(paths))
     form = format_of(paths, output)
     _check_free(form, output, overwrite)
@@ -138,7 +138,11 @@ def _checked_paths(paths: Iterable[Union[str, os.PathLike]]) -> List[str]:
         raise TypeError(f"{expected} Received: {paths!r}") from error
     if not checked:
         raise ValueError(f"{expected} Received none.")
-    return [path[: -len(".index")] if path.endswith(".index") else path for path in checked]
+    return list(map(_without_index, checked))
+
+
+def _without_index(path: str) -> str:
+    return path[: -len(".index")] if path.endswith(".index") else path
 
 
 def _checked_weights(weights: Optional[Sequence[float]], number: int) -> List[float]:

@@ -37,13 +37,20 @@ SHARD_BYTES = 2**25
 
 # The metrics of the Kerases have variables of these names, and no others.
 METRIC_VARIABLES = {
-    "total",
     "count",
-    "total_cm",
-    "true_positives",
-    "true_negatives",
-    "false_positives",
     "false_negatives",
+    "false_positives",
+    "intermediate_weights",
+    "num_samples",
+    "residual",
+    "squared_sum",
+    "sum",
+    "total",
+    "total_cm",
+    "total_confusion_matrix",
+    "total_mse",
+    "true_negatives",
+    "true_positives",
 }
 
 
@@ -230,8 +237,15 @@ def _is_state(nodes, number: int) -> bool:
         bool(node.slot_variables)
         or bool(children & {"_iterations", "inner_optimizer"})
         or ("iter" in children and bool(children & {"learning_rate", "decay"}))  # A legacy one.
-        or (bool(variables) and variables <= METRIC_VARIABLES)
+        or (bool(variables) and variables <= METRIC_VARIABLES and not _has_parts(nodes, number))
     )
+
+
+def _has_parts(nodes, number: int) -> bool:
+    """Whether objects below a node have variables of their own."""
+    own = {child.node_id for child in nodes[number].children}
+    below = (grandchild.node_id for node_id in own for grandchild in nodes[node_id].children)
+    return any(_value_key(nodes[node_id]) is not None for node_id in below if node_id not in own)
 
 
 def _value_key(node) -> Optional[str]:

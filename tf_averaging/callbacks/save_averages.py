@@ -16,8 +16,10 @@
 from __future__ import annotations
 
 import os
+import warnings
 from typing import Any, Dict, Optional, Union
 
+from tf_averaging import snapshots
 from tf_averaging.averaged_optimizer_wrapper import AveragedOptimizerWrapper
 from tf_averaging.callbacks import averaging_callback
 from tf_averaging.core.status import checked_count
@@ -76,7 +78,19 @@ class SaveAverages(averaging_callback.AveragingCallback):
                 f"as what the model is compiled with. Received: {self.optimizer!r}"
             )
         averaging_callback.follow(self.optimizer, self.model)
-        self._unsaved_batches = self._saved_updates = 0
+        self._saved_updates = 0
+        # A training that goes on from a checkpoint keeps to the moments of the one before.
+        self._unsaved_batches = 0 if self.every is None else int(self.optimizer.iterations) % self.every
+        updates = int(self.optimizer.num_averaged)
+        later = [path for step, path in snapshots.paths_in(self.directory) if step > updates]
+        if later:
+            warnings.warn(
+                f"The averages hold {updates} updates, and there are snapshots of more, from another "
+                "training or from before it went back. `post_hoc_average` would combine them with the "
+                "new ones. Remove those that this training does not replace, or use another directory: "
+                f"{later}",
+                stacklevel=2,
+            )
 
     def on_epoch_begin(self, epoch: int, logs: Optional[Dict[str, Any]] = None) -> None:
         """Batches are counted anew."""

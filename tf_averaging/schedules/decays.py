@@ -174,10 +174,11 @@ class PowerFunctionDecay(Schedule):
 
 @kerases.register("tf_averaging")
 class DebiasedDecay(Schedule):
-    """`1 - (1 - decay) / (1 - decay ** (s + 1))`: the bias-corrected EMA, as Adam corrects its moments.
+    """`1 - (1 - decay) / (1 - decay ** (n + 1))`: the bias-corrected EMA, as Adam corrects its moments.
 
-    After any number of steps the weights of the last step count the most, those of the step before it
-    `decay` times as much, and so on, and nothing else counts: neither zeros nor the initial weights.
+    After any number of updates the weights of the last one count the most, those of the one before it
+    `decay` times as much, and so on, and nothing else counts: neither zeros nor the initial weights. The
+    number of updates before this one is n, that of steps divided by `average_period`.
 
     >>> schedule = tfav.schedules.DebiasedDecay(0.99)
     >>> print(schedule(0).numpy(), schedule(1).numpy().round(4), schedule(10**4).numpy().round(4))
@@ -185,17 +186,20 @@ class DebiasedDecay(Schedule):
 
     Args:
       decay: float from 0 to 1, the decay in the long run; 1 is the plain mean.
+      average_period: int >= 1, the optimizer's.
 
     Raises:
-      ValueError: if `decay` is not from 0 to 1.
+      TypeError: if `average_period` is not an int.
+      ValueError: if an argument is out of range.
     """
 
-    def __init__(self, decay: float = 0.99):
+    def __init__(self, decay: float = 0.99, average_period: int = 1):
         self.decay = checked("decay", decay, 0, 1)
+        self.average_period = checked_count("average_period", average_period, 1)
 
     def __call__(self, step: Any) -> tf.Tensor:
         """The decay (float64) for an update `step` steps after averaging started."""
-        step = exact(step)
+        step = exact(step) / self.average_period
         if self.decay == 1:
             return 1 - 1 / (step + 1)
         # `expm1` loses no digits where the power is close to 1.
@@ -206,7 +210,7 @@ class DebiasedDecay(Schedule):
 
     def get_config(self) -> Dict[str, Any]:
         """The constructor's arguments, ready for JSON."""
-        return {"decay": self.decay}
+        return {"decay": self.decay, "average_period": self.average_period}
 
 
 def half_life(steps: float, average_period: int = 1) -> float:
