@@ -51,7 +51,7 @@ MAY_IMPORT = {
     "snapshots": {"average_checkpoints", "averaged_model", "core"},
     "post_hoc_ema": {"averaged_optimizer_wrapper", "faces", "snapshots"},
     "post_hoc_average": {"post_hoc_ema", "snapshots", "averaged_model", "core", "kerases"},
-    "callbacks": {*AROUND, "batch_norm", "post_hoc_ema", "side_by_side"},
+    "callbacks": {*AROUND, "batch_norm", "post_hoc_ema", "side_by_side", "snapshots"},
     "version": set(),
 }
 MAY_IMPORT["__init__"] = set(MAY_IMPORT)
