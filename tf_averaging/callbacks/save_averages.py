@@ -80,7 +80,8 @@ class SaveAverages(averaging_callback.AveragingCallback):
         averaging_callback.follow(self.optimizer, self.model)
         self._saved_updates = 0
         # A training that goes on from a checkpoint keeps to the moments of the one before.
-        self._unsaved_batches = 0 if self.every is None else int(self.optimizer.iterations) % self.every
+        steps = int(self.optimizer.iterations.numpy())
+        self._unsaved_batches = 0 if self.every is None else steps % self.every
         updates = int(self.optimizer.num_averaged)
         later = [path for step, path in snapshots.paths_in(self.directory) if step > updates]
         if later:
