@@ -114,8 +114,6 @@ def mmengine_mean(weights):
     return np.mean([now for _, now in mmengine_updates(weights, begin_iter=7, interval=3)], axis=0)
 
 
-# For each pair of blocks in the guide, in its order, what computes the average; None where the block is
-# no optimizer, and has a test of its own below.
 def timm_ema(weights, after=4):
     """Its counter is 1 after the first step; it copies while the counter is at most one above `after`."""
     average = weights[0]
@@ -126,6 +124,8 @@ def timm_ema(weights, after=4):
     return average
 
 
+# For each pair of blocks in the guide, in its order, what computes the average; None where the block is
+# no optimizer, and has a test of its own below.
 FORMULAS = [
     ("tfa.optimizers.SWA", tfa_swa),
     ("tfa.optimizers.MovingAverage", tfa_moving_average),

@@ -205,7 +205,7 @@ def _check_like(file: snapshots.Snapshot, last: snapshots.Snapshot) -> None:
 
 
 def _kind(saved: snapshots.Saved) -> Tuple[Any, ...]:
-    # Of the name the layer's and the variable's: what is before them may differ after `load_model`.
+    """What must agree: of the name the last two parts, as others may differ after `load_model`."""
     return saved._replace(name="/".join(saved.name.split("/")[-2:]))
 
 

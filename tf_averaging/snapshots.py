@@ -25,6 +25,7 @@ import numpy as np
 import tensorflow as tf
 
 from tf_averaging.average_checkpoints import whole_files
+from tf_averaging.average_checkpoints.variables import with_bfloat16
 from tf_averaging.averaged_model import variables_of
 from tf_averaging.core import variables as core_variables
 
@@ -77,10 +78,7 @@ class Snapshot:
     def read(self, index: int, which: int) -> np.ndarray:
         """One of the averages of one variable, by its place in `saved`."""
         with whole_files.reading(self.path):
-            array = self._arrays[f"{index}_{which}"]
-            dtype = tf.as_dtype(self.saved[index].dtype).as_numpy_dtype
-            if array.dtype.kind == "V":  # As NumPy writes bfloat16, of which it knows the size alone.
-                array = array.view(dtype)
+            array = with_bfloat16(self._arrays[f"{index}_{which}"])
             if array.shape != self.saved[index].shape:
                 raise ValueError(f"{self.saved[index]} has the shape {array.shape}.")
             return array

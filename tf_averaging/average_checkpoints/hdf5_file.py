@@ -21,12 +21,11 @@ from typing import Any, Dict, Iterable, List, Optional, Tuple
 
 import h5py
 import numpy as np
-import tensorflow as tf
 
+from tf_averaging.average_checkpoints.variables import BFLOAT16
+from tf_averaging.average_checkpoints.variables import OPAQUE
 from tf_averaging.average_checkpoints.variables import Variable
-
-BFLOAT16 = np.dtype(tf.bfloat16.as_numpy_dtype)
-OPAQUE = np.dtype("V2")  # What bfloat16 is in a file: HDF5 has no name for it.
+from tf_averaging.average_checkpoints.variables import with_bfloat16
 
 
 class Hdf5File:
@@ -68,8 +67,7 @@ class Hdf5File:
 
     def read(self, name: str) -> np.ndarray:
         """The value of a variable."""
-        value = np.asarray(self._file[name][()])
-        return value.view(BFLOAT16) if value.dtype == OPAQUE else value
+        return with_bfloat16(np.asarray(self._file[name][()]))
 
     def write(self, path: str, values: Iterable[Tuple[str, np.ndarray]]) -> None:
         """Writes a copy of the file, with other values for some variables."""

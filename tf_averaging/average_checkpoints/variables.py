@@ -20,6 +20,14 @@ from typing import NamedTuple, Tuple
 import numpy as np
 import tensorflow as tf
 
+BFLOAT16 = np.dtype(tf.bfloat16.as_numpy_dtype)
+OPAQUE = np.dtype("V2")  # What bfloat16 is in a file: neither HDF5 nor NumPy's format has a name for it.
+
+
+def with_bfloat16(value: np.ndarray) -> np.ndarray:
+    """The array as it was before it was written."""
+    return value.view(BFLOAT16) if value.dtype == OPAQUE else value
+
 
 class Variable(NamedTuple):
     """The type of a variable in a file.

@@ -136,7 +136,7 @@ class AverageModelCheckpoint(averaging_callback.AveragingCallback):
     def on_train_begin(self, logs: Optional[Dict[str, Any]] = None) -> None:
         """Creates the averages."""
         averaging_callback.follow(self.optimizer, self.model)
-        if self.update_weights and any(swap.swap_on_epoch for swap in self._swaps()):
+        if self.update_weights and any(swap.swap_on_epoch for swap in self._own_swaps()):
             raise ValueError(
                 "With `SwapAverageWeights(swap_on_epoch=True)` the averages are in the model when it is "
                 "saved, and the raw weights come back for the next epoch. Expected either that or "
@@ -160,17 +160,16 @@ class AverageModelCheckpoint(averaging_callback.AveragingCallback):
         # What tf_keras asks, to spare itself the call after each batch.
         return self._arguments["save_freq"] != "epoch"
 
-    def _swaps(self) -> List[Any]:
+    def _own_swaps(self) -> List[Any]:
         """What swaps the same averages in this training: none or one `SwapAverageWeights`."""
-        swaps = self.params.get(averaging_callback.SWAPS, [])
-        return [swap for swap in swaps if swap.optimizer is self.optimizer]
+        return [swap for swap in self._swaps if swap.optimizer is self.optimizer]
 
     def _averages_in_model(self) -> contextlib.AbstractContextManager:
         """A context in which the model holds the averages; with `update_weights` it keeps them."""
         optimizer = self.optimizer
         if not optimizer.has_shadow_copy:  # The averages are the weights still.
             return contextlib.nullcontext()
-        for swap in self._swaps():
+        for swap in self._own_swaps():
             swap.recompute()
         if self.update_weights and not optimizer.weights_swapped:
             optimizer.assign_average_vars(self.model.variables)

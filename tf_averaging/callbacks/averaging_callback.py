@@ -16,7 +16,7 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Any, Callable, ContextManager, Dict, Iterator, Optional
+from typing import Any, Callable, ContextManager, Dict, Iterator, List, Optional
 
 from tf_averaging import batch_norm
 from tf_averaging import kerases
@@ -26,9 +26,6 @@ from tf_averaging.averaging_optimizer import averaging_optimizer
 from tf_averaging.averaging_optimizer import find_averaging_optimizer
 
 _CALLBACKS = kerases.bases("callbacks.Callback")
-
-# Where the parameters of `fit`, which all callbacks share, list the `SwapAverageWeights` among them.
-SWAPS = "swap_average_weights"
 
 
 class AveragingCallback(*_CALLBACKS):  # type: ignore[misc]
@@ -51,6 +48,11 @@ class AveragingCallback(*_CALLBACKS):  # type: ignore[misc]
     def model(self, model: Any) -> None:
         # An attribute in tf_keras, which sets it; a property that reads `_model` in Keras 3.
         self._model = model
+
+    @property
+    def _swaps(self) -> List[Any]:
+        """The `SwapAverageWeights` of this training, in order; all callbacks share its parameters."""
+        return self.params.setdefault("swap_average_weights", [])
 
     @property
     def optimizer(self) -> AveragedOptimizerWrapper:

@@ -154,8 +154,7 @@ class SwapAverageWeights(averaging_callback.AveragingCallback):
           params: dict, from Keras.
         """
         super().set_params(params)
-        # One dict for all callbacks of a training.
-        params.setdefault(averaging_callback.SWAPS, []).append(self)
+        self._swaps.append(self)
         self._inner.set_params(params)
 
     def set_model(self, model: Any) -> None:
@@ -237,13 +236,12 @@ class SwapAverageWeights(averaging_callback.AveragingCallback):
             self._rest(averages=False)
 
     def _check_others(self) -> None:
-        swaps = self.params.get(averaging_callback.SWAPS, [])
-        if any(swap.optimizer is self.optimizer for swap in swaps if swap is not self):
+        if any(swap.optimizer is self.optimizer for swap in self._swaps if swap is not self):
             raise ValueError(
                 "Expected one `SwapAverageWeights` for each averaging optimizer. Two of them would swap "
                 f"against each other. Received more than one for {self.optimizer!r}"
             )
-        if self._statistics is not None and swaps[-1:] not in ([], [self]):
+        if self._statistics is not None and self._swaps[-1:] not in ([], [self]):
             raise ValueError(
                 "Expected `batch_norm_data` in the last (or innermost) of several `SwapAverageWeights` "
                 "alone. When it computes the statistics, the averages of all are in the model."
