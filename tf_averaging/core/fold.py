@@ -58,11 +58,12 @@ _HANDLES = "_tf_averaging_handles"
 # The attribute of a graph that says what stands for the handles in each tensor that was packed there.
 _STAND_INS = "_tf_averaging_stand_ins"
 
-# Smaller variables are folded by plain operations even where XLA is available. To compile one more
-# variable costs about 10 ms once, and a small fold is over before the difference shows.
-MIN_BYTES_TO_COMPILE = 1 << 16
+# XLA compiles averages of more bytes than the room for plain operations' arithmetic, this part of all of
+# them; but none smaller and all larger than these. To compile one more costs about 10 ms once.
+ROOM = 1 / 64
+MIN_BYTES_TO_COMPILE, ENOUGH_BYTES_TO_COMPILE = 1 << 16, 1 << 20
 
-# So many variables of one layout are folded by one call of a function.
+# So many variables of the same dtypes are folded by one call of a function.
 AT_A_TIME = 16
 
 
@@ -136,9 +137,10 @@ def fold(
       weights: float64 vector, one element for each pair; see `interpolate`.
       jit_compile: `"auto"`, or a bool that forces one way or the other.
     """
-    compiled = [place for place, pair in enumerate(pairs) if pays_to_compile(pair[0], jit_compile)]
-    plain = sorted(set(range(len(pairs))) - set(compiled))
-    results = []
+    room = ROOM * sum(_bytes(average) for average, _ in pairs)
+    at_least = min(max(MIN_BYTES_TO_COMPILE, room), ENOUGH_BYTES_TO_COMPILE)
+    compiled = [place for place, (a, _) in enumerate(pairs) if _is_compiled(a, jit_compile, at_least)]
+    plain, results = sorted(set(range(len(pairs))) - set(compiled)), []
     if compiled:
         chosen = [_fetched(pairs[place]) for place in compiled]
 
@@ -149,32 +151,33 @@ def fold(
         with tf.device(chosen[0][0].device):
             results.append(function(for_each_pair(weights, compiled), *handles_of(chosen)))
     if plain:
-        interpolate_them = _interpolate_by_layout if _are_here(pairs) else interpolate
+        interpolate_them = _interpolate_some_at_a_time if _are_here(pairs) else interpolate
         results += interpolate_them([pairs[place] for place in plain], for_each_pair(weights, plain))
     return results
 
 
-def _interpolate_by_layout(pairs: Sequence[Pair], weights: tf.Tensor) -> list:
-    """`interpolate`, where many are alike by one function for some at a time, which is traced once.
+def _interpolate_some_at_a_time(pairs: Sequence[Pair], weights: tf.Tensor) -> list:
+    """`interpolate` by one function for some pairs of any shape at a time, which is traced once.
 
     An operation takes longer to trace than to run on a small variable: a second or more for a thousand.
     """
+    if len(pairs) < 2 * AT_A_TIME:
+        return interpolate(pairs, weights)
+    sizes = [_bytes(average) for average, _ in pairs]
+    of_any_shape = [tuple(c._replace(shape=tf.TensorShape(None)) for c in pair) for pair in pairs]
     groups = [
-        places[begin : begin + AT_A_TIME]
-        for places in _grouped(pairs, lambda pair: _layout([pair])).values()
-        for begin in range(0, len(places) - AT_A_TIME + 1, AT_A_TIME)
-        if len(places) >= 2 * AT_A_TIME
+        sorted(alike, key=sizes.__getitem__)[begin : begin + AT_A_TIME]
+        for alike in _grouped(of_any_shape, lambda pair: _layout([pair])).values()
+        for begin in range(0, len(alike), AT_A_TIME)
     ]
-    others = sorted(set(range(len(pairs))).difference(*groups))
-    functions, room = DeviceFunctions(), sum(_bytes(average) for average, _ in pairs) / 64
+    functions = DeviceFunctions()
 
     def begin(group: int) -> tf.Tensor:
-        chosen = [pairs[place] for place in groups[group]]
+        chosen = [of_any_shape[place] for place in groups[group]]
         return done(functions(chosen, [interpolate], None, tf.gather(weights, groups[group])))
 
-    # In each group one variable waits for the other.
-    called = _in_turn([_bytes(pairs[group[0]][0]) for group in groups], room, begin)
-    return called + interpolate([pairs[place] for place in others], for_each_pair(weights, others))
+    # In a group each variable waits for the one before it, and the last one is the largest.
+    return _in_turn([sizes[group[-1]] for group in groups], ROOM * sum(sizes), begin)
 
 
 def interpolate(pairs: Sequence[Pair], weights: tf.Tensor) -> list:
@@ -219,14 +222,13 @@ def _for_each(pairs: Sequence[Pair], arguments: Sequence, write: Callable) -> li
             return write(arguments[place], tf.cast(read(variable), average.dtype), read(average))
 
     sizes = [_bytes(average) for average, _ in pairs]
-    return _in_turn(sizes, sum(sizes) / 64, begin)
+    return _in_turn(sizes, ROOM * sum(sizes), begin)
 
 
 def _in_turn(sizes: Sequence[int], room: float, begin: Callable[[int], Any]) -> list:
     """Calls `begin(place)` for works that need so much memory, each when there is room for it.
 
-    What is under way needs memory for its arithmetic. A room of 1/64 of the averages keeps it to that, or
-    to one variable, where that is larger.
+    One that needs more than all the room is begun when no other is under way.
     """
     begun: List[Any] = []
     under_way, first = 0, 0
@@ -241,17 +243,15 @@ def _in_turn(sizes: Sequence[int], room: float, begin: Callable[[int], Any]) -> 
 
 
 def _bytes(average: Component) -> int:
-    return (average.shape.num_elements() or 0) * average.dtype.size
+    """Its size. Where shapes are not known, all are taken to be alike."""
+    return (average.shape.num_elements() or 1) * average.dtype.size
 
 
-def pays_to_compile(average: Component, jit_compile: Union[bool, str]) -> bool:
+def _is_compiled(average: Component, jit_compile: Union[bool, str], at_least: float) -> bool:
     """Whether this average is folded by code that XLA compiles."""
     if not tf.test.is_built_with_xla() or is_remote(average) or is_on_tpu(average):
         return False
-    if jit_compile == "auto":
-        elements = average.shape.num_elements()
-        return elements is not None and elements * average.dtype.size >= MIN_BYTES_TO_COMPILE
-    return bool(jit_compile)
+    return _bytes(average) >= at_least if jit_compile == "auto" else bool(jit_compile)
 
 
 def _are_here(pairs: Sequence[Pair]) -> bool:
@@ -333,8 +333,9 @@ class DeviceFunctions:
                 return tf.constant(True)
 
             signature = [tf.TensorSpec(value.shape, value.dtype) for value in inputs]
+            attributes = {"_noinline": True}  # What is inlined is optimized once more for each call.
             with tf.init_scope():
-                function = tf.function(on_handles, autograph=False)
+                function = tf.function(on_handles, autograph=False, experimental_attributes=attributes)
                 self._functions[key] = function.get_concrete_function(*signature)
         return self._functions[key]
 

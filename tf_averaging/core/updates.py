@@ -375,8 +375,9 @@ class Updates:
         rows_done = self._fold_rows(moving, by_clock)
         chosen = for_each_pair(by_clock, places)
         with after(*on_devices(pairs, [fold.nothing, fold.copy_chosen], copies, chosen)):
-            # A call would become part of the graph around it, and take as long to optimize as to trace.
-            choice = tf.cast(self.averages.status.is_valid() if due is True else due, tf.int32)
+            if due is True:
+                return rows_done + on_devices(pairs, [fold_all], None, chosen)
+            choice = tf.cast(due, tf.int32)
             return rows_done + on_devices(pairs, [fold.nothing, fold_all], choice, chosen)
 
     def _fold_rows(self, moving: _Moving, weights: tf.Tensor) -> list:
