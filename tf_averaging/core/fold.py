@@ -157,14 +157,12 @@ def fold(
 
 
 def _interpolate_some_at_a_time(pairs: Sequence[Pair], weights: tf.Tensor) -> list:
-    """`interpolate` by one function for some pairs of any shape at a time, which is traced once.
-
-    An operation takes longer to trace than to run on a small variable: a second or more for a thousand.
-    """
+    """`interpolate` by one function for some pairs at a time, of any shape: tracing takes a while."""
     if len(pairs) < 2 * AT_A_TIME:
         return interpolate(pairs, weights)
     sizes = [_bytes(average) for average, _ in pairs]
-    of_any_shape = [tuple(c._replace(shape=tf.TensorShape(None)) for c in pair) for pair in pairs]
+    any_shape = tf.TensorShape(None)
+    of_any_shape = [(a._replace(shape=any_shape), v._replace(shape=any_shape)) for a, v in pairs]
     groups = [
         sorted(alike, key=sizes.__getitem__)[begin : begin + AT_A_TIME]
         for alike in _grouped(of_any_shape, lambda pair: _layout([pair])).values()
