@@ -183,8 +183,10 @@ def test_checkpoint_of_everything(tmp_path, monkeypatch):
             values = np.array([[n, 0.1 * n] for n in numbers]).astype(tf.as_dtype(dtype).as_numpy_dtype)
             if dtype == "complex64":
                 values = np.array([[1j * n, 2.0] for n in numbers])
-            wide = np.complex128 if dtype.startswith("complex") else np.float64
-            mean = values.astype(wide).mean(0).astype(values.dtype)
+            mean = values.real.astype(np.float64).mean(0)
+            if dtype.startswith("complex"):
+                mean = mean + 1j * values.imag.astype(np.float64).mean(0)
+            mean = mean.astype(values.dtype)
             np.testing.assert_array_equal(getattr(module, dtype).numpy(), mean)
         assert module.int8.numpy().tolist() == module.int64.numpy().tolist() == [8, 0]
         assert module.bool.numpy().tolist() == [True, True]
@@ -311,6 +313,10 @@ def test_other_optimizers_and_metrics_are_those_of_the_last_checkpoint(generatio
         model.part = tf.Module()  # Nor is this one, with a part of its own.
         model.part.count, model.part.table = tf.Variable(1.0 * number), tf.Module()
         model.part.table.weight = tf.Variable(1.0 * number)
+        model.learner = tf.Module()  # With some of what optimizers have.
+        model.learner.inner_optimizer = generation.SGD(0.1 * number)
+        model.learner._iterations, model.learner.weight = tf.Variable(number), tf.Variable(1.0 * number)
+        model.learner.inner_optimizer.apply_gradients([(tf.constant(0.0), model.variable)])
         optimizers = [generation.Adam(0.1 * number), tf.compat.v1.train.AdamOptimizer(0.1)]
         optimizers.append(tf_keras.mixed_precision.LossScaleOptimizer(generation.SGD(0.1, momentum=0.9)))
         for optimizer in optimizers * number:
@@ -335,6 +341,7 @@ def test_other_optimizers_and_metrics_are_those_of_the_last_checkpoint(generatio
     expected, actual = contents(paths[-1]), contents(output)
     different = {key for key in expected if actual[key] != expected[key]}
     averaged = {"model/variable", "model/total", "model/part/count", "model/part/table/weight"}
+    averaged |= {"model/learner/weight"}
     assert {key.partition("/.A")[0] for key in different} == averaged
     assert np.frombuffer(actual["model/variable/.ATTRIBUTES/VARIABLE_VALUE"], np.float32) == [2.0]
 
@@ -391,6 +398,64 @@ def test_other_optimizers_and_metrics_are_those_of_the_last_keras_file(keras, su
     assert mean == last
     different = {key.partition("/")[0] for key in last if first[key] != last[key]}
     assert different == ({name} if keras is keras_3 else {name, "metrics"})
+
+
+@pytest.mark.parametrize("suffix", [".keras", ".weights.h5", ".h5", "_weights.h5"])
+def test_layers_that_look_like_optimizers_are_averaged(keras, suffix, tmp_path):
+    """By their names, or by what they hold: a counter and a number."""
+
+    class Layer(keras.layers.Layer):
+        def __init__(self, **options):
+            super().__init__(**options)
+            self.inside = keras.layers.Dense(1)
+
+        def build(self, shape):
+            self.add_weight(name="counter", shape=[], dtype="int64", trainable=False)
+            self.add_weight(name="scale", shape=[], trainable=False)
+            self.inside.build(shape)
+            self.built = True
+
+        def call(self, inputs):
+            return self.inside(inputs)
+
+    layers = [Layer(name="optimizer"), keras.layers.Dense(1, name="metrics")]
+    model = keras.Sequential([keras.Input([1]), *layers, Layer(name="optimizer_weights")])
+    saving = model.save_weights if "weights" in suffix else model.save
+    if suffix == "_weights.h5" and keras is keras_3:
+        pytest.skip("Keras 3 writes no such files.")
+    paths = [str(tmp_path / f"{number}{suffix}") for number in (1, 3)]
+    for number, path in zip((1, 3), paths):
+        for variable in model.variables:
+            variable.assign(tf.cast(tf.fill(variable.shape, number), variable.dtype))
+        saving(path)
+    output = str(tmp_path / f"mean{suffix}")
+    tfav.average_checkpoints(paths, output, verbose=0)
+    if "weights" in suffix:
+        model.load_weights(output)
+    else:
+        model = keras.models.load_model(output, custom_objects={"Layer": Layer}, compile=False)
+    counters = 2
+    assert len(model.variables) == 10
+    for variable in model.variables:
+        is_counter = tf.as_dtype(variable.dtype).is_integer
+        counters -= is_counter
+        assert np.all(variable.numpy() == (3 if is_counter else 2)), variable
+    assert not counters
+
+
+def test_infinite_numbers_and_the_smallest_weights(tmp_path):
+    module, paths = tf.Module(), []
+    module.complex, module.float = tf.Variable([0j, 0j]), tf.Variable([0.0, 0.0], dtype="float64")
+    for number in (1.0, 4.0):
+        module.complex.assign([complex(np.inf, number), complex(number, -np.inf)])
+        module.float.assign([number, -np.inf])
+        paths.append(tf.train.Checkpoint(module=module).write(str(tmp_path / str(number))))
+    for weights in ([2e-323, 1e-323], [1.6e308, 0.8e308]):
+        output = str(tmp_path / "mean")
+        tfav.average_checkpoints(paths, output, weights, overwrite=True, verbose=0)
+        tf.train.Checkpoint(module=module).read(output).assert_consumed()
+        np.testing.assert_array_equal(module.complex, [complex(np.inf, 2.0), complex(2.0, -np.inf)])
+        np.testing.assert_array_equal(module.float, [2.0, -np.inf])
 
 
 # Errors.
@@ -460,10 +525,12 @@ def test_wrong_arguments_are_refused(tmp_path):
     assert_refused(tmp_path, ["'.keras'", "'.weights.h5'", path, other], [other, path], output)
     assert_refused(tmp_path, ["'.keras'", "Checkpoint", "'out'"], [path], "out")
     assert_refused(tmp_path, ["missing.keras"], [path, str(tmp_path / "missing.keras")], output)
-    assert_refused(tmp_path, ["get_checkpoint_state"], [str(tmp_path)], str(tmp_path / "mean"))
+    for new in (str(tmp_path / "mean"), output):
+        assert_refused(tmp_path, ["get_checkpoint_state", "in it"], [str(tmp_path)], new)
     assert_refused(tmp_path, ["exists", "overwrite"], [path], path)
     assert_refused(tmp_path, ["exists", "overwrite"], [checkpoint], checkpoint)
     assert_refused(tmp_path, ["Expected the path"], [checkpoint], f"{tmp_path}/")
+    assert_refused(tmp_path, ["Cannot write", "a.keras/new"], [checkpoint], f"{path}/new")
     for weights in ([1], [1, 2, 3], [1, -1], [0, 0], [1, np.inf], [1, np.nan]):
         assert_refused(tmp_path, ["weights", repr(weights)], [path, path], output, weights)
     for weights in (["a", 1], 1, [None, 1]):
@@ -651,6 +718,7 @@ def test_command(tmp_path, forkserver):
     assert "1/1" in printed  # The progress bar.
     checkpoint.read(str(tmp_path / "mean"))
     assert variable == (4 + 8 + 16 + 32 + 64) / 5
+    (tmp_path / "file").touch()  # No directory can be made there.
     status, _ = outcome("--output=mean", "run/ckpt-1.index", "run")
     assert "exists" in status
     arguments = ["--output=mean", "--overwrite", "--weights=3,1", "run/ckpt-1.index", "run/ckpt-3"]
@@ -658,6 +726,8 @@ def test_command(tmp_path, forkserver):
     checkpoint.read(str(tmp_path / "mean"))
     assert variable == (3 * 1 + 4) / 4
     assert "at least 8" in outcome("--output=new", "--last=8", "run")[0]
-    assert "'a'" in outcome("--output=new", "--weights=a", "run/ckpt-1")[0]
+    assert "numbers as `weights`" in outcome("--output=new", "--weights=a", "run/ckpt-1")[0]
+    assert "file/new" in outcome("--output=file/new", "run/ckpt-1")[0]
+    assert "Pass the files in it" in outcome("--output=new.keras", str(tmp_path))[0]
     assert outcome("run")[0] == 1  # No output.
     assert not (tmp_path / "new.index").exists()

@@ -325,6 +325,9 @@ class TestSnapshots:
         ]:
             with pytest.raises(error, match=message):
                 call()
+        for target in (other.get_weights(), {"a": other.variables[0]}, "model.keras", other.variables[0]):
+            with pytest.raises(TypeError, match="a list of variables as `target`"):
+                tfav.post_hoc_average(tmp_path / "a", 0.1, None, target)
         assert bits(values(other.variables)) == before
         assert [path.name for path in tmp_path.iterdir()] == ["a"]
 

@@ -216,9 +216,10 @@ def _checked_target(target: Any, last: snapshots.Snapshot) -> List[tf.Variable]:
     else:
         if isinstance(target, tf.Module):
             target = target.variables
-        if hasattr(target, "assign") or not hasattr(target, "__iter__"):
+        is_list = hasattr(target, "__iter__") and not hasattr(target, "assign")
+        variables = list(target) if is_list else []
+        if not is_list or not all(hasattr(variable, "assign") for variable in variables):
             raise TypeError(f"Expected a model or a list of variables as `target`. Received: {target!r}")
-        variables = list(target)
     if len(variables) == last.number:
         variables = [variables[saved.place] for saved in last.saved]
     if len(variables) != len(last.saved):

@@ -22,7 +22,7 @@ A directory stands for the checkpoints of the `tf.train.CheckpointManager` that 
 
 import os
 import sys
-from typing import List
+from typing import Any, List
 
 import tensorflow as tf
 from absl import app
@@ -51,9 +51,9 @@ def main(arguments: List[str]) -> None:
             if len(paths) < _LAST.value:
                 raise ValueError(f"Expected at least {_LAST.value} files. Received: {len(paths)}")
             paths = paths[-_LAST.value :]
-        weights = None if _WEIGHTS.value is None else [float(weight) for weight in _WEIGHTS.value]
+        weights: Any = _WEIGHTS.value  # As strings: what is no number is refused with all other errors.
         average_checkpoints(paths, _OUTPUT.value, weights, _OVERWRITE.value)
-    except (TypeError, ValueError) as error:
+    except (OSError, TypeError, ValueError) as error:
         sys.exit(f"{error}")
 
 

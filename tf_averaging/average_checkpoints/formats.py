@@ -40,6 +40,13 @@ def format_of(paths: Sequence[str], output: str) -> Type[Format]:
     Raises:
       ValueError: if they differ in it.
     """
+    for path in paths:
+        if os.path.isdir(path) and not ObjectCheckpoint.exists(path):
+            raise ValueError(
+                f"Expected files. Received a directory: {path!r}. Pass the files in it. Those of a "
+                "`CheckpointManager` are `tf.train.get_checkpoint_state(directory)"
+                ".all_model_checkpoint_paths`."
+            )
     suffix, form = _format(paths[-1])
     for path in [*paths, output]:
         if _format(path)[0] != suffix:
@@ -49,7 +56,9 @@ def format_of(paths: Sequence[str], output: str) -> Type[Format]:
             )
     for path in paths:
         if not form.exists(path):
-            raise ValueError(_not_found(path))
+            raise ValueError(
+                f"Expected the path of a file, or the prefix of a checkpoint. There is none at {path!r}."
+            )
     return form
 
 
@@ -59,12 +68,3 @@ def _format(path: str) -> Tuple[str, Type[Format]]:
 
 def _described(suffix: str) -> str:
     return f"a {suffix!r} file" if suffix else "a `tf.train.Checkpoint`"
-
-
-def _not_found(path: str) -> str:
-    if os.path.isdir(path):
-        return (
-            f"Expected files. Received a directory: {path!r}. The checkpoints of a `CheckpointManager` "
-            "are listed in `tf.train.get_checkpoint_state(directory).all_model_checkpoint_paths`."
-        )
-    return f"Expected the path of a file, or the prefix of a checkpoint. There is none at {path!r}."

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from typing import Any, Dict, Iterable, List, Optional, Tuple
+from typing import Any, Dict, Iterable, Optional, Tuple
 
 import h5py
 import numpy as np
@@ -44,12 +44,11 @@ class Hdf5File:
     def __init__(self, path: str, content: Optional[Any] = None):
         self.path = path
         self._file = h5py.File(content or path, "r")
-        datasets, optimizers = _content(self._file)
-        state = (*optimizers, "metrics/")
+        datasets, optimizers, state = _content(self._file)
         self.variables: Dict[str, Variable] = {
             name: Variable(BFLOAT16 if dataset.dtype == OPAQUE else dataset.dtype, dataset.shape)
             for name, dataset in datasets.items()
-            if dataset.shape is not None and not name.startswith(state)
+            if dataset.shape is not None and not name.startswith((*optimizers, *state))
         }
         self.holds_averages = any(
             bool(np.any(dataset[()]))
@@ -96,28 +95,36 @@ def assign(path: str, values: Iterable[Tuple[str, np.ndarray]]) -> None:
             del value  # The next one is computed before this name is free.
 
 
-def _content(file: h5py.File) -> Tuple[Dict[str, h5py.Dataset], Tuple[str, ...]]:
-    """All datasets by name, and what the names of those of optimizers begin with."""
+def _content(file: h5py.File) -> Tuple[Dict[str, h5py.Dataset], Tuple[str, ...], Tuple[str, ...]]:
+    """All datasets by name; what the names of optimizers' begin with, and those of other state."""
     datasets: Dict[str, h5py.Dataset] = {}
-    optimizers: List[str] = ["optimizer/", "optimizer_weights/"]
+    groups: Dict[str, h5py.Group] = {}
 
     def visit(name: str, item: Any) -> None:
-        if isinstance(item, h5py.Dataset):
-            datasets[name] = item
-        elif _is_optimizer(name, item):
-            optimizers.append(f"{name}/")
+        (datasets if isinstance(item, h5py.Dataset) else groups)[name] = item
 
     file.visititems(visit)
-    return datasets, tuple(optimizers)
+    if _lists_layers(file):  # The weights of a model, and nothing else.
+        return datasets, (), ()
+    if "model_weights" in groups and _lists_layers(groups["model_weights"]):
+        return datasets, ("optimizer_weights/",), ()
+    others = [f"{name}/" for name, group in groups.items() if _is_optimizer(name, group)]
+    return datasets, ("optimizer/", *others), ("metrics/",)
+
+
+def _lists_layers(group: h5py.Group) -> bool:
+    """Whether it has the weights of the layers that it lists, under names that a user may choose."""
+    return any(attribute.startswith("layer_names") for attribute in group.attrs)
 
 
 def _is_optimizer(name: str, group: h5py.Group) -> bool:
     """Whether a group is an optimizer other than the model's own, of a GAN for example.
 
-    Its first variable counts steps. The second one, in Keras 3, is the learning rate.
+    It has no parts but an inner optimizer. Its first variable counts steps. The second one, in Keras 3,
+    is the learning rate.
     """
     variables = group.get("vars")
-    if not isinstance(variables, h5py.Group):
+    if not isinstance(variables, h5py.Group) or set(group) - {"vars", "inner_optimizer"}:
         return False
     kinds = [
         variables[key].dtype.kind

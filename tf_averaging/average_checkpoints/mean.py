@@ -16,6 +16,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import warnings
 from typing import Any, Iterable, Iterator, List, Optional, Sequence, Tuple, Type, Union
@@ -75,12 +76,13 @@ def average_checkpoints(
     Raises:
       TypeError: if `paths` is not a list of paths, or `weights` not a list of numbers.
       ValueError: if there are no files, they are of different formats, have different variables, or one
-        of them is broken; if `weights` do not fit; or if the output exists. Nothing is written then.
+        of them is broken; if `weights` do not fit; or if the output exists, or its directory can neither
+        be found nor created. Nothing is written then.
       RuntimeError: in a `tf.function`.
     """
     if not tf.executing_eagerly():
         raise RuntimeError("`average_checkpoints` cannot be called in a `tf.function`.")
-    paths, output = _checked_paths(paths), _without_index(os.fspath(output))
+    paths, output = _checked_paths(paths), _without_index(os.fsdecode(output))
     weights = _checked_weights(weights, len(paths))
     form = format_of(paths, output)
     _check_free(form, output, overwrite)
@@ -113,16 +115,20 @@ def _means(
 
 def _mean(files: Sequence[Format], weights: Sequence[float], name: str) -> np.ndarray:
     dtype, shape = files[-1].variables[name]
-    total: Any = np.zeros(shape, np.complex128 if dtype.kind == "c" else np.float64)
+    wide = np.dtype(np.complex128 if dtype.kind == "c" else np.float64)
+    total: Any = 0.0
     with np.errstate(over="ignore", invalid="ignore"):  # Infinities have a mean too.
         for file, weight in zip(files, weights):
             if not weight:
                 continue
             with whole_files.reading(file.path):
-                total += np.multiply(file.read(name), weight, dtype=total.dtype)
+                # Real and imaginary parts: a number times a complex infinity would be NaN.
+                value = file.read(name).astype(wide).reshape([-1]).view(np.float64)
+            value *= weight
+            total = np.add(total, value, out=value)
         # Divided in the end: the mean of equal values is then exactly this value.
         total /= sum(weights)
-        return total.astype(dtype)
+        return total.view(wide).reshape(shape).astype(dtype)
 
 
 # Checks.
@@ -133,7 +139,7 @@ def _checked_paths(paths: Iterable[Union[str, os.PathLike]]) -> List[str]:
     if isinstance(paths, (str, bytes, os.PathLike)):
         raise TypeError(f"{expected} Received: {paths!r}")
     try:
-        checked = [os.fspath(path) for path in paths]
+        checked = [os.fsdecode(path) for path in paths]
     except TypeError as error:
         raise TypeError(f"{expected} Received: {paths!r}") from error
     if not checked:
@@ -154,11 +160,13 @@ def _checked_weights(weights: Optional[Sequence[float]], number: int) -> List[fl
         raise TypeError(f"Expected numbers as `weights`. Received: {weights!r}") from error
     if len(checked) != number:
         raise ValueError(f"Expected {number} `weights`, one for each file. Received: {weights!r}")
-    if not (all(0 <= weight < np.inf for weight in checked) and 0 < sum(checked) < np.inf):
+    if not (all(0 <= weight < np.inf for weight in checked) and any(checked)):
         raise ValueError(
             f"Expected finite `weights` that are not negative, and not all zero. Received: {weights!r}"
         )
-    return checked
+    # By a power of two, which rounds nothing: products with the smallest numbers would lose digits.
+    _, exponent = math.frexp(max(checked))
+    return [math.ldexp(weight, -exponent) for weight in checked]
 
 
 def _check_free(form: Type[Format], output: str, overwrite: bool) -> None:

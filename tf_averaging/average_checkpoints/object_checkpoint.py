@@ -35,6 +35,14 @@ GRAPH = "_CHECKPOINTABLE_OBJECT_GRAPH"
 VALUE = "VARIABLE_VALUE"
 SHARD_BYTES = 2**25
 
+# What optimizers have as children, and nothing else: those of the Kerases, averaging ones, legacy ones.
+OPTIMIZER_CHILDREN = (
+    {"_iterations", "_variables"},
+    {"inner_optimizer", "averages"},
+    {"iter", "learning_rate"},
+    {"iter", "decay"},
+)
+
 # The metrics of the Kerases have variables of these names, and no others.
 METRIC_VARIABLES = {
     "count",
@@ -235,8 +243,7 @@ def _is_state(nodes, number: int) -> bool:
     variables = {c.local_name for c in node.children if _value_key(nodes[c.node_id]) is not None}
     return (
         bool(node.slot_variables)
-        or bool(children & {"_iterations", "inner_optimizer"})
-        or ("iter" in children and bool(children & {"learning_rate", "decay"}))  # A legacy one.
+        or any(names <= children for names in OPTIMIZER_CHILDREN)
         or (bool(variables) and variables <= METRIC_VARIABLES and not _has_parts(nodes, number))
     )
 

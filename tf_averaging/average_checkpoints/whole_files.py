@@ -39,7 +39,10 @@ def directory_beside(output: str) -> Iterator[str]:
     """A new directory where files can be moved to the output from at once."""
     parent, name = os.path.split(output)
     directory = os.path.join(parent, f".{name}.{uuid.uuid4().hex}")
-    tf.io.gfile.makedirs(directory)
+    try:
+        tf.io.gfile.makedirs(directory)
+    except tf.errors.OpError as error:
+        raise ValueError(f"Cannot write {output!r}. {error.message}.") from error
     try:
         yield directory
     finally:
