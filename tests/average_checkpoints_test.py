@@ -361,8 +361,9 @@ def test_checkpoints_from_before_and_after_the_optimizer_had_state(keras, tmp_pa
         np.testing.assert_allclose(array, np.mean(np.array(values, np.float64), axis=0), rtol=1e-7)
 
 
+@pytest.mark.parametrize("wrapper", [None, tfav.SWA, tfav.PostHocEMA])
 @pytest.mark.parametrize("suffix", [".keras", ".weights.h5"])
-def test_other_optimizers_and_metrics_are_those_of_the_last_keras_file(keras, suffix, tmp_path):
+def test_other_optimizers_and_metrics_are_those_of_the_last_keras_file(keras, suffix, wrapper, tmp_path):
     class Gan(keras.Sequential):
         pass
 
@@ -387,10 +388,13 @@ def test_other_optimizers_and_metrics_are_those_of_the_last_keras_file(keras, su
         model.compile("sgd", keras.losses.MeanSquaredError())
         model.evaluate(np.ones([1, 1]), np.full([1, 1], 10.0 * number), verbose=0)
         optimizer = keras.optimizers.Adam(number)
+        if wrapper is not None:
+            optimizer = wrapper(optimizer)
         optimizer.build(model.trainable_variables)
         setattr(model, name, optimizer)
-        for variable in optimizer.variables[1:] + model.variables:
-            variable.assign(tf.fill(variable.shape, number))
+        for variable in [*optimizer.variables, *model.variables]:
+            if tf.as_dtype(variable.dtype).is_floating:
+                variable.assign(tf.fill(variable.shape, number))
         paths.append(save(model, tmp_path / f"{number}{suffix}"))
     output = str(tmp_path / f"mean{suffix}")
     tfav.average_checkpoints(paths, output, verbose=0)
@@ -446,6 +450,7 @@ def test_layers_that_look_like_optimizers_are_averaged(keras, suffix, tmp_path):
 def test_infinite_numbers_and_the_smallest_weights(tmp_path):
     module, paths = tf.Module(), []
     module.complex, module.float = tf.Variable([0j, 0j]), tf.Variable([0.0, 0.0], dtype="float64")
+    module.smallest = tf.Variable(5e-324, dtype="float64")
     for number in (1.0, 4.0):
         module.complex.assign([complex(np.inf, number), complex(number, -np.inf)])
         module.float.assign([number, -np.inf])
@@ -456,6 +461,10 @@ def test_infinite_numbers_and_the_smallest_weights(tmp_path):
         tf.train.Checkpoint(module=module).read(output).assert_consumed()
         np.testing.assert_array_equal(module.complex, [complex(np.inf, 2.0), complex(2.0, -np.inf)])
         np.testing.assert_array_equal(module.float, [2.0, -np.inf])
+    for weights in (None, [1, 1], [2, 2], [1e-323, 1e-323]):
+        tfav.average_checkpoints(paths, output, weights, overwrite=True, verbose=0)
+        tf.train.Checkpoint(module=module).read(output).assert_consumed()
+        assert module.smallest == 5e-324
 
 
 # Errors.

@@ -325,7 +325,8 @@ class TestSnapshots:
         ]:
             with pytest.raises(error, match=message):
                 call()
-        for target in (other.get_weights(), {"a": other.variables[0]}, "model.keras", other.variables[0]):
+        first = other.variables[0]
+        for target in (other.get_weights(), {"a": first}, "model.keras", first, tf.constant(1.0)):
             with pytest.raises(TypeError, match="a list of variables as `target`"):
                 tfav.post_hoc_average(tmp_path / "a", 0.1, None, target)
         assert bits(values(other.variables)) == before

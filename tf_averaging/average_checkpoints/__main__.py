@@ -53,7 +53,7 @@ def main(arguments: List[str]) -> None:
             paths = paths[-_LAST.value :]
         weights: Any = _WEIGHTS.value  # As strings: what is no number is refused with all other errors.
         average_checkpoints(paths, _OUTPUT.value, weights, _OVERWRITE.value)
-    except (OSError, TypeError, ValueError) as error:
+    except (OSError, TypeError, ValueError, tf.errors.OpError) as error:
         sys.exit(f"{error}")
 
 

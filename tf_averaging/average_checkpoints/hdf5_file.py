@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from typing import Any, Dict, Iterable, Optional, Tuple
+from typing import Any, Dict, Iterable, List, Optional, Tuple
 
 import h5py
 import numpy as np
@@ -108,7 +108,7 @@ def _content(file: h5py.File) -> Tuple[Dict[str, h5py.Dataset], Tuple[str, ...],
         return datasets, (), ()
     if "model_weights" in groups and _lists_layers(groups["model_weights"]):
         return datasets, ("optimizer_weights/",), ()
-    others = [f"{name}/" for name, group in groups.items() if _is_optimizer(name, group)]
+    others = [f"{name}/" for name in groups if _is_optimizer(name, groups)]
     return datasets, ("optimizer/", *others), ("metrics/",)
 
 
@@ -117,21 +117,27 @@ def _lists_layers(group: h5py.Group) -> bool:
     return any(attribute.startswith("layer_names") for attribute in group.attrs)
 
 
-def _is_optimizer(name: str, group: h5py.Group) -> bool:
+def _is_optimizer(name: str, groups: Dict[str, h5py.Group]) -> bool:
     """Whether a group is an optimizer other than the model's own, of a GAN for example.
 
-    It has no parts but an inner optimizer. Its first variable counts steps. The second one, in Keras 3,
-    is the learning rate.
+    Its first variable counts steps, and so does that of each of its parts: other optimizers. The second
+    one, in Keras 3, is the learning rate, unless that follows a schedule.
     """
-    variables = group.get("vars")
-    if not isinstance(variables, h5py.Group) or set(group) - {"vars", "inner_optimizer"}:
+    parts = [part for part in groups if part.startswith(f"{name}/") and part.endswith("/vars")]
+    kinds = {part: _kinds_of_first_two(groups[part]) for part in parts if len(groups[part])}
+    own = kinds.get(f"{name}/vars")
+    if own is None or any(kind[:1] != ["i"] for kind in kinds.values()):
         return False
-    kinds = [
+    return own == ["i", "f"] or "optimizer" in name.rpartition("/")[2].lower()
+
+
+def _kinds_of_first_two(variables: h5py.Group) -> List[str]:
+    """The kinds of the first two variables of an object, as far as they are scalars."""
+    return [
         variables[key].dtype.kind
         for key in ("0", "1")
         if isinstance(variables.get(key), h5py.Dataset) and variables[key].shape == ()
     ]
-    return kinds == ["i", "f"] or (kinds[:1] == ["i"] and "optimizer" in name.rpartition("/")[2].lower())
 
 
 def _is_swapped_flag(name: str, dataset: h5py.Dataset) -> bool:

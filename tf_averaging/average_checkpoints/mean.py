@@ -164,9 +164,10 @@ def _checked_weights(weights: Optional[Sequence[float]], number: int) -> List[fl
         raise ValueError(
             f"Expected finite `weights` that are not negative, and not all zero. Received: {weights!r}"
         )
-    # By a power of two, which rounds nothing: products with the smallest numbers would lose digits.
+    # The largest is made 1 or a little more. By a power of two, which rounds nothing: products with very
+    # small numbers would lose digits.
     _, exponent = math.frexp(max(checked))
-    return [math.ldexp(weight, -exponent) for weight in checked]
+    return [math.ldexp(weight, 1 - exponent) for weight in checked]
 
 
 def _check_free(form: Type[Format], output: str, overwrite: bool) -> None:
