@@ -126,7 +126,7 @@ def _mean(files: Sequence[Format], weights: Sequence[float], name: str) -> np.nd
                 value = file.read(name).astype(wide).reshape([-1]).view(np.float64)
             value *= weight
             total = np.add(total, value, out=value)
-        # Divided in the end: the mean of equal values is then exactly this value.
+        # Divided in the end: the plain mean of equal values is then exactly this value.
         total /= sum(weights)
         return total.view(wide).reshape(shape).astype(dtype)
 
