@@ -735,7 +735,9 @@ def test_command(tmp_path, forkserver):
     checkpoint.read(str(tmp_path / "mean"))
     assert variable == (3 * 1 + 4) / 4
     assert "at least 8" in outcome("--output=new", "--last=8", "run")[0]
-    assert "numbers as `weights`" in outcome("--output=new", "--weights=a", "run/ckpt-1")[0]
+    status, _ = outcome("--output=new", "--weights=a", "run/ckpt-1")
+    assert "numbers as `weights`" in status
+    assert "'a'" in status
     assert "file/new" in outcome("--output=file/new", "run/ckpt-1")[0]
     assert "Pass the files in it" in outcome("--output=new.keras", str(tmp_path))[0]
     assert outcome("run")[0] == 1  # No output.

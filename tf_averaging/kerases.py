@@ -147,14 +147,19 @@ def check_same_keras(keras: ModuleType, thing: object) -> None:
         )
 
 
-def checked_list(keras: ModuleType, variables: Any, expected: str) -> list:
-    """An iterable of variables, none of another Keras, as a list."""
+def as_list(variables: Any, expected: str) -> list:
+    """An iterable of variables as a list."""
     try:
         if hasattr(variables, "assign"):  # One variable: its elements are none.
             raise TypeError
-        variables = list(variables)
+        return list(variables)
     except TypeError as error:
         raise TypeError(f"{expected} Received: {variables!r}") from error
+
+
+def checked_list(keras: ModuleType, variables: Any, expected: str) -> list:
+    """An iterable of variables, none of another Keras, as a list."""
+    variables = as_list(variables, expected)
     for variable in variables:
         check_same_keras(keras, variable)
     return variables

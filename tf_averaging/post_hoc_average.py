@@ -211,17 +211,15 @@ def _kind(saved: snapshots.Saved) -> Tuple[Any, ...]:
 
 def _checked_target(target: Any, last: snapshots.Snapshot) -> List[tf.Variable]:
     """The variables of `target` to set, in the order of the averages."""
-    variables: List[Any]
     if hasattr(target, "_flatten_layers"):
         variables = variables_of(target)
     else:
         if isinstance(target, tf.Module):
             target = target.variables
-        variables = [None]
-        with contextlib.suppress(TypeError):  # It may be something that cannot be iterated over.
-            variables = variables if hasattr(target, "assign") else list(target)
-        if not all(hasattr(item, "assign") for item in variables):
-            raise TypeError(f"Expected a model or a list of variables as `target`. Received: {target!r}")
+        expected = "Expected a model or a list of variables as `target`."
+        variables = kerases.as_list(target, expected)
+        if not all(hasattr(variable, "assign") for variable in variables):
+            raise TypeError(f"{expected} Received: {target!r}")
     if len(variables) == last.number:
         variables = [variables[saved.place] for saved in last.saved]
     if len(variables) != len(last.saved):

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from typing import Any, Dict, Iterable, List, Optional, Tuple
+from typing import Any, Dict, Iterable, List, Mapping, Optional, Tuple
 
 import h5py
 import numpy as np
@@ -123,15 +123,17 @@ def _is_optimizer(name: str, groups: Dict[str, h5py.Group]) -> bool:
     Its first variable counts steps, and so does that of each of its parts: other optimizers. The second
     one, in Keras 3, is the learning rate, unless that follows a schedule.
     """
-    parts = [part for part in groups if part.startswith(f"{name}/") and part.endswith("/vars")]
-    kinds = {part: _kinds_of_first_two(groups[part]) for part in parts if len(groups[part])}
-    own = kinds.get(f"{name}/vars")
-    if own is None or any(kind[:1] != ["i"] for kind in kinds.values()):
+    kinds = _kinds_of_first_two(groups.get(f"{name}/vars", {}))
+    if kinds != ["i", "f"] and "optimizer" not in name.rpartition("/")[2].lower():
         return False
-    return own == ["i", "f"] or "optimizer" in name.rpartition("/")[2].lower()
+    # Whoever has no variables does not count.
+    parts = [part for part in groups if part.startswith(f"{name}/") and part.endswith("/vars")]
+    return kinds[:1] == ["i"] and all(
+        _kinds_of_first_two(groups[part])[:1] == ["i"] for part in parts if len(groups[part])
+    )
 
 
-def _kinds_of_first_two(variables: h5py.Group) -> List[str]:
+def _kinds_of_first_two(variables: Mapping[str, Any]) -> List[str]:
     """The kinds of the first two variables of an object, as far as they are scalars."""
     return [
         variables[key].dtype.kind

@@ -172,7 +172,7 @@ def _interpolate_some_at_a_time(pairs: Sequence[Pair], weights: tf.Tensor) -> li
 
     def begin(group: int) -> tf.Tensor:
         chosen = [of_any_shape[place] for place in groups[group]]
-        return done(functions(chosen, [interpolate], None, tf.gather(weights, groups[group])))
+        return done(functions(chosen, [interpolate], None, for_each_pair(weights, groups[group])))
 
     # In a group each variable waits for the one before it, and the last one is the largest.
     return _in_turn([sizes[group[-1]] for group in groups], ROOM * sum(sizes), begin)
